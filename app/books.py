@@ -1,0 +1,116 @@
+"""What a flow checks before it touches money: that Redis, the log and the rate card are the ones it knows.
+
+A Redis that is empty or was rolled back would hand out ledger numbers again; another log counts revisions from
+elsewhere; an edited rate version would price replayed events anew. Each is refused with one line that says
+what to run. Nothing here moves money.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import redis
+
+from app.errors import CommandError
+from schemas import redis_keys
+from schemas.rate_card import RateCard, RateVersion
+from schemas.rfc3339 import format_rfc3339_ms
+from schemas.settings import Settings
+from sources.kafka import LogIdentity
+
+EPOCH_FILE = "epoch"
+
+
+class BooksDiffer(CommandError):
+    """The servers are not those that the books were kept on. One line."""
+
+
+def expected_epoch(settings: Settings, client: redis.Redis) -> int:
+    """The epoch to run scripts with: what this state directory remembers, else what Redis says (then kept).
+
+    Raises BooksDiffer when Redis has none, or another.
+    """
+    file = settings.state_dir / EPOCH_FILE
+    stored = client.get(redis_keys.EPOCH)
+    if stored is None:
+        raise BooksDiffer(
+            f"Redis has no epoch: a new one needs `metering migrate`, an emptied one `metering rebuild-balances`"
+            f" (METERING_REDIS={settings.redis})"
+        )
+    epoch = int(stored)
+    if file.exists():
+        remembered = int(file.read_text(encoding="ascii"))
+        if epoch < remembered:
+            raise BooksDiffer(
+                f"Redis has epoch {epoch}, {file} knows {remembered}: an older Redis came back. "
+                "Run `metering rebuild-balances`"
+            )
+        if epoch == remembered:
+            return epoch
+    write_whole(file, f"{epoch}\n")
+    return epoch
+
+
+def check_log(client: redis.Redis, topic: str, found: LogIdentity) -> None:
+    """Claim the log for an empty book, or make sure that it is the one that revisions were counted in."""
+    mine = {"topic_id": found.topic_id, "partition_count": str(found.partition_count)}
+    if not client.hgetall(redis_keys.LOG):
+        client.hset(redis_keys.LOG, mapping=mine)  # type: ignore[arg-type]
+        return
+    known = {key.decode(): value.decode() for key, value in client.hgetall(redis_keys.LOG).items()}
+    if known != mine:
+        raise BooksDiffer(
+            f"topic {topic} (id {found.topic_id}, {found.partition_count} partitions) is not the log that the "
+            f"balances were settled from (id {known.get('topic_id')}, {known.get('partition_count')} "
+            "partitions). Run `metering adopt-log` to go on with it"
+        )
+
+
+def adopt_log(client: redis.Redis, found: LogIdentity) -> None:
+    """Make `found` the log that revisions are counted in; only once no cell of another one is live."""
+    pipeline = client.pipeline(transaction=True)
+    pipeline.delete(redis_keys.POSITIONS)
+    pipeline.hset(
+        redis_keys.LOG,
+        mapping={"topic_id": found.topic_id, "partition_count": str(found.partition_count)},
+    )
+    pipeline.execute()
+
+
+def register_rates(client: redis.Redis, card: RateCard) -> None:
+    """Remember every version in use, so that none is ever edited, dropped, or slipped in under the fence."""
+    fence_ms = int(client.get(redis_keys.FENCE) or 0)
+    known = {int(key): value.decode() for key, value in client.hgetall(redis_keys.RATE_VERSIONS).items()}
+    mine = {version.effective_from_ms: _rates_text(version) for version in card.versions}
+    for effective_from_ms, rates in sorted(known.items()):
+        name = format_rfc3339_ms(effective_from_ms)
+        if effective_from_ms not in mine:
+            raise BooksDiffer(
+                f"rate card: the version of {name} is missing; a version in use is never dropped"
+            )
+        if mine[effective_from_ms] != rates:
+            raise BooksDiffer(
+                f"rate card: the version of {name} was edited ({rates} became {mine[effective_from_ms]}); "
+                "a version is never edited, only superseded by one with a later effective_from"
+            )
+    new = {start: rates for start, rates in mine.items() if start not in known}
+    for effective_from_ms in sorted(new):
+        if known and effective_from_ms < fence_ms:
+            raise BooksDiffer(
+                f"rate card: the new version of {format_rfc3339_ms(effective_from_ms)} would change windows that "
+                f"are frozen (before {format_rfc3339_ms(fence_ms)}); give it a later effective_from"
+            )
+    if new:
+        client.hset(redis_keys.RATE_VERSIONS, mapping=new)  # type: ignore[arg-type]
+
+
+def _rates_text(version: RateVersion) -> str:
+    return f"asr {version.asr}, nmt {version.nmt}, tts {version.tts}, node_credit {version.node_credit}"
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(file.name + ".new")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(file)

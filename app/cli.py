@@ -1,0 +1,365 @@
+"""The command line, `metering`.
+
+Whatever is expected to go wrong (a setting, a file, a server that is not there) ends in one line on standard
+error, `metering: ...`, and exit code 1 or 2; a traceback is a bug. Each command imports what it needs, so
+that `metering settle` does not wait for Kafka's client.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from app.errors import CommandError
+
+app = typer.Typer(
+    name="metering",
+    help="Exact metering and billing for a real-time speech-translation network.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AccountArgument = Annotated[str, typer.Argument(help="user/<id>, node/<id> or platform/<name>")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output, amounts in us")]
+
+
+def main() -> None:
+    """Entry point of the `metering` script."""
+    # It logs what it raises too; the one line is enough.
+    logging.getLogger("clickhouse_connect").addHandler(logging.NullHandler())
+    try:
+        app()
+    except BrokenPipeError:
+        # Whoever read the output has enough (`metering settle ... | head`); Python must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except Exception as problem:
+        _fail_clearly(problem)
+
+
+def _fail_clearly(problem: Exception) -> NoReturn:
+    from schemas.settings import SettingsError
+
+    if not isinstance(problem, (CommandError, SettingsError)):
+        raise problem
+    _say(str(problem))
+    raise SystemExit(getattr(problem, "exit_code", 2)) from None
+
+
+def _say(line: str) -> None:
+    typer.echo(f"metering: {line}", err=True)
+
+
+@app.command()
+def generate(
+    *,
+    events: Annotated[int, typer.Option(min=1, help="distinct valid events, usage and lifecycle")] = 20_000,
+    seed: Annotated[int, typer.Option(help="the same seed and start give the same bytes")] = 1,
+    minutes: Annotated[int, typer.Option(min=1, help="span of the event times")] = 15,
+    sessions: Annotated[int | None, typer.Option(min=0, help="sessions of one speaker")] = None,
+    rooms: Annotated[int | None, typer.Option(min=0, help="rooms of several members")] = None,
+    users: Annotated[int | None, typer.Option(min=1)] = None,
+    nodes: Annotated[int | None, typer.Option(min=1)] = None,
+    duplicates: Annotated[float, typer.Option(min=0, max=1, help="share that is sent twice")] = 0.0,
+    disorder: Annotated[float, typer.Option(min=0, max=1, help="share that up to 50 others overtake")] = 0.0,
+    late: Annotated[float, typer.Option(min=0, max=1, help="share that is held back to the end")] = 0.0,
+    junk: Annotated[float, typer.Option(min=0, max=1, help="broken messages, as a share of --events")] = 0.0,
+    start: Annotated[
+        str | None, typer.Option(help="RFC 3339 instant of the first event; by default it all ends now")
+    ] = None,
+    rttm: Annotated[str | None, typer.Option(help="a file of speaker turns, instead of a seed")] = None,
+    stagger: Annotated[
+        float, typer.Option(min=0, help="seconds between the starts of two meetings (--rttm)")
+    ] = 0.0,
+    out: Annotated[str, typer.Option(help="file to write, or - for standard output")] = "-",
+) -> None:
+    """Make a realistic workload: CloudEvents, one per line, in the order in which they are sent.
+
+    Sessions and rooms with joins, departures, drop-outs and returns, on nodes of different speed. Duplicates
+    and junk come on top of --events. With --rttm the meetings in a file become rooms; --events, --minutes,
+    --sessions, --rooms and --users do not apply then.
+    """
+    from app import workload
+    from app.lines import create_lines, open_lines, write_messages
+    from app.workload.rttm import decode_turns, meeting_lengths_ms, meeting_starts_ms
+
+    transport = workload.TransportEffects(duplicates=duplicates, disorder=disorder, late=late, junk=junk)
+    start_ms = None if start is None else _instant_ms(start)
+    if rttm is not None:
+        with open_lines(rttm) as file:
+            turns = decode_turns(file.read(), rttm)
+        starts_ms = meeting_starts_ms(meeting_lengths_ms(turns), start_ms, round(stagger * 1000), _now_ms())
+        lines = workload.generate_from_rttm(
+            turns, starts_ms, seed=seed, node_count=nodes or 5, transport=transport
+        )
+    else:
+        spec = workload.WorkloadSpec(
+            seed=seed,
+            start_ms=_now_ms() // 1000 * 1000 - minutes * 60_000 if start_ms is None else start_ms,
+            events=events,
+            minutes=minutes,
+            sessions=sessions,
+            rooms=rooms,
+            users=users,
+            nodes=nodes,
+            transport=transport,
+        )
+        lines = workload.generate(spec)
+    with create_lines(out) as output:
+        write_messages(output, lines)
+
+
+def _instant_ms(text: str) -> int:
+    from schemas.rfc3339 import parse_rfc3339_ms
+
+    try:
+        return parse_rfc3339_ms(text)
+    except ValueError as problem:
+        raise CommandError(f"--start {text!r} {problem}", exit_code=2) from None
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@app.command()
+def settle(
+    file: Annotated[str, typer.Argument(help="CloudEvents, one per line; - is standard input")],
+) -> None:
+    """Settle a file of events, purely: no servers, no lateness.
+
+    Prints one JSON line for every payer, node and platform/revenue of every cell, sorted by account and cell.
+    Refused lines go to standard error as {"line","reason"}.
+    """
+    import msgspec
+
+    from app.lines import open_lines
+    from metering.settle import settle_lines
+    from schemas.rate_card import load_rate_card
+    from schemas.settings import load_settings
+
+    settings = load_settings()
+    card = load_rate_card(settings.rate_card)
+    with open_lines(file) as lines:
+        settled, rejects = settle_lines(lines, card, settings.presence_max_s * 1000)
+    encoder = msgspec.json.Encoder()
+    sys.stdout.buffer.write(encoder.encode_lines(settled))
+    sys.stdout.buffer.flush()
+    refusals = [{"line": reject.line, "reason": reject.reason} for reject in rejects]
+    sys.stderr.buffer.write(encoder.encode_lines(refusals))
+    sys.stderr.buffer.flush()
+
+
+@app.command()
+def emit(
+    file: Annotated[str, typer.Argument(help="events, one per line; - is standard input")],
+    *,
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="events per second; by default as fast as it goes")
+    ] = None,
+    topic: Annotated[str | None, typer.Option(help="by default lingua.events")] = None,
+    key_from_scope: Annotated[
+        bool, typer.Option("--key-from-scope/--no-key", help="key of the messages: their scope, or none")
+    ] = True,
+) -> None:
+    """Send events to Kafka, keyed by scope, and check that each is delivered.
+
+    What is no valid event is sent too: refusing it is the flow's business.
+    """
+    from app.emit import Emitter, emit_lines
+    from app.lines import messages, open_lines
+    from app.progress import EmitProgress
+    from schemas import topics
+    from schemas.settings import load_settings
+
+    settings = load_settings()
+    with (
+        open_lines(file) as lines,
+        EmitProgress(lines) as progress,
+        Emitter(settings.kafka, topic or topics.EVENTS, progress.delivered) as emitter,
+    ):
+        emit_lines(messages(lines), emitter, keyed=key_from_scope, rate_per_s=rate)
+    summary = emitter.summary
+    if summary.failed:
+        raise CommandError(f"{summary.failed} of {summary.sent} events were not delivered: {summary.why()}")
+    _say(
+        f"{summary.delivered} events delivered in {summary.seconds:.1f} s, {summary.rate_per_s:,.0f} a second"
+    )
+
+
+@app.command()
+def up(
+    *,
+    directory: Annotated[Path, typer.Option("--dir", help="where everything is kept")],
+    broker: Annotated[str, typer.Option(help="tansu, or apache (needs Java)")] = "tansu",
+) -> None:
+    """Start a broker, Redis, ClickHouse and all flows; when ready, print where they are as one JSON line.
+
+    SIGTERM or Ctrl-C stops all of it.
+    """
+    from app.supervisor import run_up
+
+    raise SystemExit(run_up(directory, broker=broker))
+
+
+@app.command()
+def migrate() -> None:
+    """Make what ClickHouse, Kafka and Redis lack. Repeating it is harmless."""
+    from app.clients import clickhouse_client, redis_client
+    from app.migrate import create_topics, initialise_redis, run_migrations
+    from schemas.settings import load_settings
+
+    settings = load_settings()
+    clickhouse = clickhouse_client(settings)
+    applied = run_migrations(clickhouse, settings.clickhouse_database)
+    created = create_topics(settings.kafka, settings.partitions, settings.broker_append_time)
+    # Last: an epoch means that everything else is there.
+    epoch = initialise_redis(redis_client(settings), clickhouse, settings.clickhouse_database)
+    _say(f"ClickHouse: {_listed(applied, 'migration')} applied")
+    _say(f"Kafka: {_listed(created, 'topic')} created")
+    _say(f"Redis: epoch {epoch}")
+
+
+def _listed(names: list[str], noun: str) -> str:
+    return f"no {noun}" if not names else f"{len(names)} {noun}{'s'[: len(names) > 1]} ({', '.join(names)})"
+
+
+@app.command()
+def balance(account: AccountArgument, *, as_json: JsonOption = False) -> None:
+    """Show an account's live balance, from Redis."""
+    from app import views
+    from app.clients import redis_client
+    from schemas.settings import load_settings
+
+    found = views.read_balance(redis_client(load_settings()), _required_account(account))
+    if as_json:
+        _print_json([found])
+    else:
+        from app.tables import balance_table
+
+        _print_table(balance_table([found]))
+
+
+@app.command()
+def statement(
+    account: AccountArgument,
+    *,
+    limit: Annotated[int, typer.Option(min=1, help="show so many of the newest lines")] = 100,
+    as_json: JsonOption = False,
+) -> None:
+    """Show an account's ledger lines with the balance before and after, from ClickHouse."""
+    from app import views
+    from app.clients import clickhouse_client
+    from schemas.settings import load_settings
+
+    _required_account(account)
+    settings = load_settings()
+    lines = views.read_statement(clickhouse_client(settings), settings.clickhouse_database, account, limit)
+    if as_json:
+        _print_json(lines)
+    elif lines:
+        from app.tables import statement_table
+
+        _print_table(statement_table(lines))
+    if not lines:
+        _say(f"{account} has no ledger lines")
+
+
+@app.command()
+def bill(
+    scope: Annotated[str, typer.Argument(help="room/<id> or session/<id>")], *, as_json: JsonOption = False
+) -> None:
+    """Show what a room or a session cost, and each payer's share, from ClickHouse."""
+    from app import views
+    from app.clients import clickhouse_client
+    from schemas.settings import load_settings
+
+    if scope.partition("/")[0] not in ("room", "session"):
+        raise CommandError(f"{scope!r} is no scope: it is room/<id> or session/<id>", exit_code=2)
+    settings = load_settings()
+    shares = views.read_bill(clickhouse_client(settings), settings.clickhouse_database, scope)
+    if as_json:
+        _print_json(shares)
+    elif shares:
+        from app.tables import bill_table
+
+        _print_table(bill_table(shares))
+    if not shares:
+        _say(f"{scope} has no charges")
+
+
+@app.command(name="topup")
+def top_up(
+    account: AccountArgument,
+    minutes: Annotated[str, typer.Argument(help="balance minutes, to the microsecond: 30, 0.5")],
+    *,
+    request_id: Annotated[
+        str | None, typer.Option(help="one request is carried out once; by default a new one")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="why")] = "top-up",
+    actor: Annotated[str, typer.Option(help="who gives it")] = "operator",
+) -> None:
+    """Give an account minutes: sends a money command, and prints its request id.
+
+    After a failure, send it again with the same --request-id: it cannot count twice.
+    """
+    from app.emit import Emitter
+    from app.money_commands import amount_us_of, top_up_message
+    from schemas import topics
+    from schemas.settings import load_settings
+
+    message, request = top_up_message(
+        _required_account(account),
+        amount_us_of(minutes),
+        request_id=request_id,
+        reason=reason,
+        actor=actor,
+        now_ms=_now_ms(),
+    )
+    with Emitter(load_settings().kafka, topics.COMMANDS) as emitter:
+        emitter.send(message, account.encode())
+    if emitter.summary.failed:
+        raise CommandError(f"the top-up {request} was not delivered: {emitter.summary.why()}")
+    typer.echo(request)
+
+
+@app.command()
+def demo(
+    *,
+    svg: Annotated[Path | None, typer.Option(help="also write what was shown as a picture")] = None,
+) -> None:
+    """Show all of it, from nothing: balances falling live, a bill, a ledger, and the proof that all agree."""
+    from app.demo import run_demo
+
+    raise SystemExit(run_demo(svg))
+
+
+def _required_account(text: str) -> str:
+    prefix, _, rest = text.partition("/")
+    if prefix not in ("user", "node", "platform") or not rest:
+        raise CommandError(
+            f"{text!r} is no account: it is user/<id>, node/<id> or platform/<name>", exit_code=2
+        )
+    return text
+
+
+def _print_json(records: list[Any]) -> None:
+    import msgspec
+
+    sys.stdout.buffer.write(msgspec.json.Encoder().encode_lines(records))
+    sys.stdout.buffer.flush()
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    # A pipe has no width of its own; nothing may be cut off there.
+    console.print(table) if console.is_terminal else Console(width=200).print(table)

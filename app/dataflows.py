@@ -1,0 +1,203 @@
+"""The flows with their clients, as factories: `python -m bytewax.run "app.dataflows:settlement()"`.
+
+Calling a factory reads the settings, connects, and refuses with one line what it cannot work with; importing
+this module opens nothing. METERING_READY_FILE, when set, is written once a flow has all it needs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import redis
+from bytewax.dataflow import Dataflow
+from clickhouse_connect.driver.client import Client
+from confluent_kafka import KafkaException
+from prometheus_client import start_http_server
+
+import flows.ledger
+import flows.settlement
+import flows.usage_store
+from app.books import check_log, expected_epoch, register_rates
+from app.clients import clickhouse_client, redis_client
+from app.errors import CommandError
+from app.fence_keeper import FenceKeeper
+from flows.settlement import SettlementRules
+from metering.cells import WINDOW_MS, window_start_ms
+from schemas.decode import FUTURE_TOLERANCE_MS
+from schemas.rate_card import load_rate_card
+from schemas.settings import Settings, SettingsError, load_settings, one_line
+from schemas.topics import COMMANDS, DEAD_LETTERS, EVENTS
+from sinks.balances import RedisBalances, heals
+from sinks.clickhouse import ClickHouseJournal, ClickHouseUsageStore
+from sinks.kafka import DeadLetterSink, KafkaDeadLetters
+from sinks.outbox import RedisOutbox
+from sources.kafka import KafkaSource, Progress, WrongLog
+from sources.outbox import OutboxSource
+from telemetry import metrics
+
+
+def now_ms() -> int:
+    """The wall clock, in ms since the Unix epoch."""
+    return time.time_ns() // 1_000_000
+
+
+def say(line: str) -> None:
+    """One line on standard error."""
+    print(f"metering: {line}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def settlement() -> Dataflow:
+    """Events and money commands to live balances in Redis."""
+    return _built(_settlement)
+
+
+def usage_store() -> Dataflow:
+    """Events and dead letters to ClickHouse."""
+    return _built(_usage_store)
+
+
+def ledger() -> Dataflow:
+    """The outbox in Redis to the ledger in ClickHouse."""
+    return _built(_ledger)
+
+
+def _settlement(settings: Settings) -> Dataflow:
+    card = load_rate_card(settings.rate_card)
+    client = redis_client(settings)
+    book = RedisBalances(
+        client,
+        expected_epoch(settings, client),
+        settings.outbox_max_entries,
+        on_retry=_counted("Redis, post"),
+    )
+    book.fence()
+    register_rates(client, card)
+    progress = Progress()
+
+    def raise_fence_past(topic: str, first_offset: int, appended_at_ms: int) -> None:
+        # What was deleted was appended earlier, so its event times end at most the tolerance later.
+        lost_until_ms = appended_at_ms + FUTURE_TOLERANCE_MS
+        fence_ms = book.raise_fence(window_start_ms(lost_until_ms) + WINDOW_MS)
+        say(
+            f"{topic}: the log starts at offset {first_offset}, what was before is deleted; windows before "
+            f"{fence_ms} ms are frozen, `metering resettle` settles them from the usage store"
+        )
+
+    events = _source(settings, EVENTS, progress=progress, on_missing_head=raise_fence_past)
+    assert progress.log is not None
+    check_log(client, EVENTS, progress.log)
+    FenceKeeper(
+        settings.kafka,
+        EVENTS,
+        client,
+        book,
+        progress,
+        lag_ms=settings.fence_lag_s * 1000,
+        interval_s=settings.fence_interval_s,
+        say=say,
+    ).start()
+    return flows.settlement.build_flow(
+        events,
+        _source(settings, COMMANDS),
+        DeadLetterSink(lambda: KafkaDeadLetters(settings.kafka, EVENTS, _counted("Kafka, dead letters"))),
+        book,
+        SettlementRules(
+            card,
+            presence_max_ms=settings.presence_max_s * 1000,
+            idle_timeout_ms=settings.idle_timeout_s * 1000,
+            emit_interval_ms=settings.emit_interval_ms,
+        ),
+        now_ms,
+    )
+
+
+def _usage_store(settings: Settings) -> Dataflow:
+    linger = timedelta(milliseconds=settings.usage_linger_ms)
+    return flows.usage_store.build_flow(
+        _source(settings, EVENTS, linger=linger),
+        _source(settings, DEAD_LETTERS, linger=linger, with_headers=True),
+        ClickHouseUsageStore(
+            _clickhouse(settings), settings.clickhouse_database, on_retry=_counted("ClickHouse, usage")
+        ),
+        load_rate_card(settings.rate_card),
+    )
+
+
+def _ledger(settings: Settings) -> Dataflow:
+    client = redis_client(settings)
+    client.ping()
+    journal = ClickHouseJournal(
+        _clickhouse(settings), settings.clickhouse_database, on_retry=_counted("ClickHouse, ledger")
+    )
+    keeper = RedisOutbox(
+        client, settings.outbox_retention_s, settings.outbox_max_entries, _counted("Redis, trim")
+    )
+    return flows.ledger.build_flow(OutboxSource(client, heals), journal, keeper)
+
+
+def _source(
+    settings: Settings,
+    topic: str,
+    *,
+    progress: Progress | None = None,
+    with_headers: bool = False,
+    linger: timedelta = timedelta(0),
+    on_missing_head: Callable[[str, int, int], None] | None = None,
+) -> KafkaSource:
+    return KafkaSource(
+        settings.kafka,
+        topic,
+        now_ms,
+        broker_append_time=settings.broker_append_time,
+        progress=progress,
+        with_headers=with_headers,
+        linger=linger,
+        on_missing_head=on_missing_head,
+    )
+
+
+def _clickhouse(settings: Settings) -> Client:
+    return clickhouse_client(settings)
+
+
+def _counted(effect: str) -> Callable[[Exception], None]:
+    """Counts attempts that failed, and says so when the trouble begins and then once in a while."""
+    said_at = 0.0
+
+    def on_retry(error: Exception) -> None:
+        nonlocal said_at
+        metrics.RETRIES.labels(effect).inc()
+        if time.monotonic() - said_at > 10:
+            said_at = time.monotonic()
+            say(f"{effect}: trying again: {one_line(str(error))}")
+
+    return on_retry
+
+
+def _built(build: Callable[[Settings], Dataflow]) -> Dataflow:
+    try:
+        settings = load_settings()
+        if settings.metrics_port:
+            start_http_server(settings.metrics_port)
+        flow = build(settings)
+    except (CommandError, SettingsError, WrongLog) as error:
+        _refuse(str(error))
+    except redis.RedisError as error:
+        _refuse(f"METERING_REDIS: {one_line(str(error))}")
+    except KafkaException as error:
+        _refuse(f"METERING_KAFKA: {one_line(error.args[0].str())}")
+    ready = os.environ.get("METERING_READY_FILE")
+    if ready:
+        Path(ready).touch()
+    return flow
+
+
+def _refuse(line: str) -> NoReturn:
+    say(line)
+    raise SystemExit(1)

@@ -1,0 +1,112 @@
+"""Moves the fence on a timer: a fixed distance behind the committed position of the settlement flow.
+
+The position of a partition is a time before which everything appended has surely been settled (see
+`sources.kafka.Committed`); the fence follows the slowest partition of all workers, which publish theirs in
+Redis. So while the broker or the flow is away the fence stands still, and nobody becomes late by that.
+
+It also looks whether the topic is still the same log: an open consumer would not notice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import redis
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from metering.cells import window_start_ms
+from metering.ports import BalanceBook
+from schemas import redis_keys
+from sources.kafka import Committed, Progress, WrongLog, consumer_settings, describe_log
+from telemetry import metrics
+
+ROUND_TRIP_S = 5.0
+
+
+class FenceKeeper:
+    """A thread beside the flow. Whatever fails is said, counted, and tried again at the next turn."""
+
+    def __init__(
+        self,
+        bootstrap: str,
+        topic: str,
+        client: redis.Redis,
+        book: BalanceBook,
+        progress: Progress,
+        *,
+        lag_ms: int,
+        interval_s: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self._bootstrap = bootstrap
+        self._topic = topic
+        self._client = client
+        self._book = book
+        self._progress = progress
+        self._lag_ms = lag_ms
+        self._interval_s = interval_s
+        self._say = say
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fence-keeper", daemon=True)
+
+    def start(self) -> None:
+        """Start turning."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the turn that is under way."""
+        self._stopped.set()
+        self._thread.join(timeout=ROUND_TRIP_S * 4)
+
+    def _run(self) -> None:
+        admin = AdminClient({"bootstrap.servers": self._bootstrap})
+        consumer = Consumer(consumer_settings(self._bootstrap))
+        while not self._stopped.wait(self._interval_s):
+            try:
+                self._check_log(admin)
+                self._publish(consumer)
+                self._move()
+            except WrongLog as error:
+                self._say(str(error))
+                self._progress.failure = error
+                return
+            except Exception as error:
+                metrics.RETRIES.labels("move the fence").inc()
+                self._say(f"the fence stands still for now: {error}")
+        consumer.close()
+
+    def _check_log(self, admin: AdminClient) -> None:
+        found = describe_log(admin, self._topic)
+        if self._progress.log is not None and found != self._progress.log:
+            raise WrongLog(
+                f"topic {self._topic} was made anew or grew while it was read: it is another log. "
+                "Run `metering adopt-log` to go on with it"
+            )
+
+    def _publish(self, consumer: Consumer) -> None:
+        for partition, committed in self._progress.read().items():
+            position_ms = self._position_ms(consumer, partition, committed)
+            if position_ms:
+                self._client.hset(redis_keys.POSITIONS, f"{self._topic}/{partition}", str(position_ms))
+
+    def _position_ms(self, consumer: Consumer, partition: int, committed: Committed) -> int:
+        """Zero when there is more than the flow thought when it stood at the end: wait for its next word."""
+        _, high = consumer.get_watermark_offsets(
+            TopicPartition(self._topic, partition), timeout=ROUND_TRIP_S, cached=False
+        )
+        if high < 0:
+            raise KafkaException(f"{self._topic}/{partition}: the broker does not say where the log ends")
+        at_end = committed.next_offset >= high
+        return committed.position_ms if at_end or not committed.at_end else 0
+
+    def _move(self) -> None:
+        """Raise the fence behind the slowest partition, once all of them have a position."""
+        assert self._progress.log is not None
+        known = self._client.hgetall(redis_keys.POSITIONS)
+        names = [f"{self._topic}/{n}".encode() for n in range(self._progress.log.partition_count)]
+        if not all(name in known for name in names):
+            return
+        slowest_ms = min(int(known[name]) for name in names)
+        metrics.FENCE.set(self._book.raise_fence(window_start_ms(slowest_ms - self._lag_ms)) / 1000)

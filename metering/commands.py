@@ -1,0 +1,47 @@
+"""Money commands: what each one moves, and when two of them say the same."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from hashlib import blake2b
+from typing import NamedTuple
+
+from metering.money import ADJUSTMENTS, TOP_UPS
+from schemas.commands import Command, CommandKind
+
+
+class CommandOutcome(StrEnum):
+    """What became of a money command."""
+
+    APPLIED = "APPLIED"
+    REPLAYED = "REPLAYED"
+    """The request id was carried out before, with the same body: nothing moved now."""
+    CONFLICT = "CONFLICT"
+    """The request id was carried out before, with another body: nothing moved."""
+    OVER_LIMIT = "OVER_LIMIT"
+    """A balance would leave its range, or both halves name one account: nothing moved."""
+
+
+class CommandResult(NamedTuple):
+    """`amount_us` is what was moved (a write-off may be clamped); `balance_us` the account's balance then.
+    A replay gives the first result."""
+
+    outcome: CommandOutcome
+    amount_us: int
+    balance_us: int
+
+
+def command_digest(command: Command) -> str:
+    """Equal for two commands that say the same: everything but the envelope's id, source and time."""
+    body = [command.kind, command.account, command.amount_us, command.reason, command.actor]
+    return blake2b(json.dumps([*body, command.node_account]).encode(), digest_size=16).hexdigest()
+
+
+def counter_account(command: Command) -> str:
+    """The account that balances the posting, so that the sum over all accounts stays zero."""
+    if command.kind is CommandKind.WRITE_OFF:
+        if command.node_account is None:
+            raise ValueError(f"write-off {command.request_id} names no node account")
+        return command.node_account
+    return TOP_UPS if command.kind is CommandKind.TOP_UP else ADJUSTMENTS

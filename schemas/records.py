@@ -1,0 +1,95 @@
+"""Records that the pipeline writes: ledger lines, settlements, fence moves, dead letters.
+
+Amounts are service microseconds (`_us`, signed 64-bit), instants integer milliseconds since the Unix epoch
+(`_ms`). Empty strings stand for "none" where ClickHouse keeps a plain String.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class LedgerReason(StrEnum):
+    """Why a balance moved."""
+
+    CHARGE = "charge"
+    CREDIT = "credit"
+    REVENUE = "revenue"
+    TOP_UP = "top_up"
+    WRITE_OFF = "write_off"
+    ADJUSTMENT = "adjustment"
+    RESETTLE = "resettle"
+
+
+class SettlementReason(StrEnum):
+    """How a scope came to its end."""
+
+    ENDED = "ended"
+    TIMEOUT = "timeout"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LedgerLine(_Record):
+    """One change of one balance. Lines of an account form a chain: each `balance_before_us` is the
+    `balance_after_us` of the line whose `seq` is one less."""
+
+    account: str = Field(description="user/<id>, node/<id>, platform/revenue, platform/top_ups, ...")
+    seq: int = Field(ge=1, description="number of the line within its account, from 1, without gaps")
+    change_us: int = Field(description="service microseconds; charges negative, credits positive")
+    balance_before_us: int
+    balance_after_us: int
+    reason: LedgerReason
+    epoch: int = Field(ge=1, description="which Redis wrote it; of equal (account, seq) the highest counts")
+    request_id: str = Field(default="", description="the money command, or empty")
+    cell_id: str = Field(default="", description="<scope>@<window_start_ms>, or empty for a money command")
+    revision: int = Field(default=0, ge=0, description="of the cell's vector that this line posted")
+    scope: str = ""
+    session_id: str = ""
+    room_id: str = ""
+    rate_version: str = Field(
+        default="", description="effective_from of the rates, comma-separated if several"
+    )
+    actor: str = Field(default="", description="who gave a money command")
+    note: str = Field(default="", description="the money command's own words on why")
+    posted_at_ms: int = Field(description="Redis' clock when the script ran")
+
+
+class SettlementRecord(_Record):
+    """A scope came to its end. Totals and shares are a view over the ledger; of several the highest
+    revision counts."""
+
+    scope: str
+    session_id: str = ""
+    room_id: str = ""
+    reason: SettlementReason
+    first_event_ms: int = Field(description="event time of the scope's first event still known")
+    last_event_ms: int
+    revision: int = Field(ge=1)
+    epoch: int = Field(ge=1)
+    posted_at_ms: int
+
+
+class FenceMove(_Record):
+    """The fence was raised: usage appended after `moved_at_ms` for a window before it is late."""
+
+    frozen_before_ms: int
+    epoch: int = Field(ge=1)
+    moved_at_ms: int
+
+
+class DeadLetter(_Record):
+    """A message that was refused, with its original bytes. Identity: topic, partition, offset."""
+
+    topic: str
+    partition: int = Field(ge=0)
+    offset: int = Field(ge=0)
+    reason: str
+    detail: str
+    key: bytes | None
+    value: bytes | None = Field(description="the original bytes; None when the message had none")
+    appended_at_ms: int = Field(description="broker's append time of the original message")

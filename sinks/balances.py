@@ -1,0 +1,192 @@
+"""Live balances in Redis: every change goes through one script family (`sinks/lua`).
+
+A script checks the epoch, the fence and the idempotency record (a cell's revision, a command's request id),
+changes the balances, and appends one entry with all its ledger lines to the outbox, in one step. So a call
+whose answer was lost may be made again: the second time it posts nothing. A crash before the script posts
+nothing; after it, the flow starts from an older snapshot and its postings are answered OLDER until it has
+caught up, when an equal revision with an equal vector changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
+
+import redis
+from redis.commands.core import Script
+
+from metering.commands import CommandOutcome, CommandResult, command_digest, counter_account
+from metering.live import Answer, CellPosting, Emission, Ending
+from metering.money import MAX_AMOUNT_US
+from metering.ports import WrongRedis
+from schemas import redis_keys
+from schemas.commands import Command
+from sinks.retrying import ignore_retry, never_stop, retrying
+
+MAX_POSTINGS_PER_CALL = 2_000
+"""Bounds how long one call keeps Redis busy: a few milliseconds."""
+
+EVICTIONS_PER_CALL = 1_000
+
+
+def heals(error: Exception) -> bool:
+    """Whether waiting may help: Redis away, loading, busy, read-only for a while, out of memory, outbox full."""
+    if isinstance(error, (redis.ConnectionError, redis.TimeoutError, OutboxFull)):
+        return True
+    text = str(error)
+    return isinstance(error, redis.ResponseError) and text.startswith(
+        ("OOM", "BUSY", "LOADING", "READONLY", "MISCONF", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN")
+    )
+
+
+class OutboxFull(Exception):
+    """The outbox is at its bound, because ClickHouse is away: wait."""
+
+
+class RedisBalances:
+    """The balance book in Redis."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        epoch: int,
+        outbox_max_entries: int,
+        *,
+        on_retry: Callable[[Exception], None] = ignore_retry,
+        stop: Callable[[], bool] = never_stop,
+    ) -> None:
+        self._client = client
+        self._epoch = str(epoch)
+        self._outbox_max_entries = str(outbox_max_entries)
+        self._settle_cells = _script(client, "settle_cells")
+        self._apply_command = _script(client, "apply_command")
+        self._raise_fence = _script(client, "raise_fence")
+        self._known_fence = 0
+        self._on_retry = on_retry
+        self._stop = stop
+
+    def post(self, emissions: Sequence[Emission]) -> list[list[Answer]]:
+        answers: list[list[Answer]] = [[] for _ in emissions]
+        for places, cells, endings in _calls(emissions):
+            if cells or endings:
+                said = self._post_call(cells, endings)
+                for place, answer in zip(places, said, strict=True):
+                    answers[place].append(answer)
+        return answers
+
+    def _post_call(self, cells: list[CellPosting], endings: list[tuple[str, Ending]]) -> list[Answer]:
+        # A cell over the limit is refused here, alone, where amounts are still exact integers.
+        fitting = [cell for cell in cells if _fits(cell)]
+        arguments = [self._epoch, self._outbox_max_entries, str(len(fitting)), str(len(endings))]
+        for cell in fitting:
+            arguments += (
+                cell.cell_id,
+                str(cell.window_start_ms),
+                str(cell.revision),
+                f'["{cell.cell_id}",{cell.revision},"{cell.rate_version}"]',
+                str(len(cell.amounts)),
+            )
+            for account, amount_us in cell.amounts.items():
+                arguments.append(account)
+                arguments.append(str(amount_us))
+        for scope, ending in endings:
+            arguments.append(
+                json.dumps(
+                    [scope, ending.reason, ending.first_event_ms, ending.last_event_ms, ending.revision]
+                )
+            )
+        reply = self._run(self._settle_cells, arguments)
+        self._known_fence = max(self._known_fence, int(reply[0]))
+        said = iter(reply[1:])
+        return [Answer[next(said).decode()] if _fits(cell) else Answer.OVER_LIMIT for cell in cells]
+
+    def apply_command(self, command: Command) -> CommandResult:
+        metadata = json.dumps([command.request_id, command.actor, command.reason])
+        reply = self._run(
+            self._apply_command,
+            [
+                self._epoch,
+                self._outbox_max_entries,
+                command.request_id,
+                command_digest(command),
+                command.kind.value,
+                command.account,
+                counter_account(command),
+                str(command.amount_us),
+                metadata,
+            ],
+        )
+        return CommandResult(CommandOutcome(reply[0].decode()), int(reply[1]), int(reply[2]))
+
+    def raise_fence(self, frozen_before_ms: int) -> int:
+        left = 1
+        while left:
+            reply = self._run(
+                self._raise_fence,
+                [self._epoch, str(frozen_before_ms), str(EVICTIONS_PER_CALL)],
+            )
+            self._known_fence, left = int(reply[0]), int(reply[1])
+        return self._known_fence
+
+    def fence(self) -> int:
+        """Where the fence stands now (ms)."""
+        stored = retrying(
+            lambda: self._client.get(redis_keys.FENCE), heals=heals, stop=self._stop, on_retry=self._on_retry
+        )
+        self._known_fence = max(self._known_fence, int(stored or 0))
+        return self._known_fence
+
+    @property
+    def known_fence_ms(self) -> int:
+        """Where the fence stood at the last answer; costs no round trip."""
+        return self._known_fence
+
+    def _run(self, script: Script, arguments: list[str]) -> list[bytes]:
+        def call() -> list[bytes]:
+            reply = script(args=arguments)
+            if reply == b"FULL":
+                raise OutboxFull(f"the outbox holds {self._outbox_max_entries} entries")
+            return reply  # type: ignore[no-any-return]
+
+        try:
+            return retrying(call, heals=heals, stop=self._stop, on_retry=self._on_retry)
+        except redis.ResponseError as error:
+            if "EPOCH" in str(error):
+                raise WrongRedis(
+                    f"Redis is not the one that the books were kept on ({error}): "
+                    "run `metering rebuild-balances`"
+                ) from None
+            raise
+
+
+def _script(client: redis.Redis, name: str) -> Script:
+    folder = files("sinks") / "lua"
+    common = (folder / "common.lua").read_text(encoding="utf-8")
+    return client.register_script(common + (folder / f"{name}.lua").read_text(encoding="utf-8"))
+
+
+def _fits(cell: CellPosting) -> bool:
+    return sum(map(abs, cell.amounts.values())) <= MAX_AMOUNT_US
+
+
+def _calls(
+    emissions: Sequence[Emission],
+) -> Iterator[tuple[list[int], list[CellPosting], list[tuple[str, Ending]]]]:
+    """Cut emissions into calls: for each (which emission each cell is of, cells, endings)."""
+    places: list[int] = []
+    cells: list[CellPosting] = []
+    endings: list[tuple[str, Ending]] = []
+    postings = 0
+    for place, emission in enumerate(emissions):
+        for cell in emission.cells:
+            if postings >= MAX_POSTINGS_PER_CALL:
+                yield places, cells, endings
+                places, cells, endings, postings = [], [], [], 0
+            places.append(place)
+            cells.append(cell)
+            postings += len(cell.amounts) + 1
+        if emission.ending is not None:
+            endings.append((emission.scope, emission.ending))
+            postings += 1
+    yield places, cells, endings

@@ -1,0 +1,48 @@
+-- Carries out one money command as a double posting, once for each request id.
+--
+-- ARGV: epoch, outbox bound, request id, digest of the body, kind (top_up, adjustment, write_off), account,
+--   counter account (a node's for a write-off), amount (us), metadata (JSON).
+-- Reply: 'FULL', or {outcome, amount (us) that was moved, balance after (us)} with outcome APPLIED, REPLAYED
+--   (same id, same body: the first result), CONFLICT (same id, another body) or OVER_LIMIT.
+-- Errors: EPOCH ... when this is not the Redis that the caller means; nothing was done.
+
+local mismatch = epoch_mismatch(ARGV[1])
+if mismatch then return mismatch end
+
+local request = 'request:' .. ARGV[3]
+local stored = redis.call('HMGET', request, 'digest', 'amount_us', 'balance_us')
+if stored[1] then
+  return {stored[1] == ARGV[4] and 'REPLAYED' or 'CONFLICT', stored[2], stored[3]}
+end
+if redis.call('XLEN', 'ledger') >= tonumber(ARGV[2]) then return 'FULL' end
+
+local kind, account, counter, amount = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
+local state, counter_state = account_state(account), account_state(counter)
+
+if kind == 'write_off' then
+  -- The amount is a maximum: never more than the debt, never more than the node has.
+  local most = math.min(tonumber(amount), -tonumber(state.balance), tonumber(counter_state.balance))
+  -- Amounts are bounded well below 2^53, so the smallest of the three is exact whenever it is not the amount.
+  amount = most > 0 and string.format('%.0f', most) or '0'
+end
+
+local lines = {}
+if amount ~= '0' then
+  local after, counter_after = add(state.balance, amount), add(counter_state.balance, negated(amount))
+  if not after or not counter_after or account == counter then return {'OVER_LIMIT', '0', state.balance} end
+  local before, counter_before = state.balance, counter_state.balance
+  state.balance, state.seq, state.changed = after, state.seq + 1, true
+  lines[1] = line(account, state, amount, before, kind, '0')
+  counter_state.balance, counter_state.seq, counter_state.changed = counter_after, counter_state.seq + 1, true
+  lines[2] = line(counter, counter_state, negated(amount), counter_before, kind, '0')
+end
+
+-- From here on only writes.
+local at = now_ms()
+write_accounts(at)
+redis.call('HSET', request, 'digest', ARGV[4], 'amount_us', amount, 'balance_us', state.balance, 'at_ms', at)
+if #lines > 0 then
+  redis.call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'at', at,
+    'command', ARGV[9], 'lines', '[' .. table.concat(lines, ',') .. ']')
+end
+return {'APPLIED', amount, state.balance}

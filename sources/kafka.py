@@ -1,0 +1,318 @@
+"""Kafka as a Bytewax source that hands on whole batches and knows which log it reads.
+
+Laws:
+- A snapshot is (topic id, partition count, next offset). On resume all of it must fit the topic that is
+  there: a topic made anew, grown, or cut off past the offset is another log, and the source refuses it with
+  one clear line. An offset alone may look valid in the wrong log.
+- Without a snapshot it starts at the first message there is. When the log's head has been deleted already,
+  `on_missing_head` is told first, since whatever those messages said can no longer be settled live.
+- Nothing is committed to the broker: the recovery store is the one place that knows how far the flow is.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    TIMESTAMP_LOG_APPEND_TIME,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import AdminClient
+
+from schemas.messages import RawMessage
+from telemetry import metrics
+
+POLL_PAUSE = timedelta(milliseconds=10)
+BATCH_MESSAGES = 5_000
+ROUND_TRIP_S = 10.0
+COMMITTED_AFTER_SNAPSHOTS = 2
+"""A snapshot is surely committed when the second one after it is taken: Bytewax reads the input of an epoch
+only after every earlier one has gone through all sinks."""
+
+
+class WrongLog(Exception):
+    """The topic is not the log that the flow has read so far. One clear line."""
+
+
+class LogIdentity(NamedTuple):
+    """Which log a topic is: its id changes when it is made anew, its count when it grows."""
+
+    topic_id: str
+    partition_count: int
+
+
+class SourcePosition(NamedTuple):
+    """What a snapshot of one partition holds."""
+
+    topic_id: str
+    partition_count: int
+    next_offset: int
+
+
+class Committed(NamedTuple):
+    """How far a flow has surely come in one partition."""
+
+    next_offset: int
+    position_ms: int
+    """Everything appended before this time was read: the time itself when the flow stood at the end of the
+    log, else the append time of the last message read; 0 when nothing was read and there is more."""
+    at_end: bool
+    """Whether the flow believed to stand at the end of the log. It goes by the last answer that it got, which
+    is old when the broker is away: ask the broker before relying on it."""
+
+
+@dataclass
+class Progress:
+    """Committed positions of the partitions that this process reads; shared with the keeper of the fence."""
+
+    log: LogIdentity | None = None
+    committed: dict[int, Committed] = field(default_factory=dict)
+    failure: Exception | None = None
+    """Set by an onlooker that found out that the log is another one: every partition stops with it."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def commit(self, partition: int, committed: Committed) -> None:
+        """Take note; called by the worker that reads the partition."""
+        with self._lock:
+            self.committed[partition] = committed
+
+    def read(self) -> dict[int, Committed]:
+        """A copy, for another thread."""
+        with self._lock:
+            return dict(self.committed)
+
+
+def describe_log(admin: AdminClient, topic: str) -> LogIdentity:
+    """The identity of the topic's log. Raises WrongLog when there is none, KafkaException when no broker."""
+    try:
+        found = admin.describe_topics(TopicCollection([topic]), request_timeout=ROUND_TRIP_S)[topic].result()
+    except KafkaException as error:
+        if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
+            raise WrongLog(f"topic {topic} does not exist: run `metering migrate`") from None
+        raise
+    return LogIdentity(str(found.topic_id), len(found.partitions))
+
+
+def consumer_settings(bootstrap: str) -> dict[str, object]:
+    """A consumer that is assigned by hand, never commits, and never jumps."""
+    return {
+        "bootstrap.servers": bootstrap,
+        "group.id": "lingua-metering",
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "auto.offset.reset": "error",
+        "enable.partition.eof": True,
+        # A broker that polls for a long-poll's sake answers late: half this time is added to the latency.
+        "fetch.wait.max.ms": 20,
+        "fetch.error.backoff.ms": 100,
+        "queued.max.messages.kbytes": 32_768,
+        "reconnect.backoff.max.ms": 2_000,
+    }
+
+
+MissingHead = Callable[[str, int, int], None]
+"""(topic, first offset that is left, its append time in ms); called before the first message is handed on."""
+
+
+class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
+    """One partition, read by its own consumer."""
+
+    def __init__(
+        self,
+        consumer: Consumer,
+        start: TopicPartition,
+        log: LogIdentity,
+        progress: Progress,
+        now_ms: Callable[[], int],
+        *,
+        broker_append_time: bool,
+        with_headers: bool,
+        linger: timedelta,
+        on_missing_head: MissingHead | None,
+    ) -> None:
+        self._consumer = consumer
+        self._topic, self._partition = start.topic, start.partition
+        self._next_offset = max(start.offset, 0)
+        self._log = log
+        self._progress = progress
+        self._now_ms = now_ms
+        self._broker_append_time = broker_append_time
+        self._with_headers = with_headers
+        self._linger = linger
+        self._on_missing_head = on_missing_head
+        self._last_appended_at_ms = 0
+        self._awake_at: datetime | None = None
+        self._snapshots: deque[Committed] = deque(maxlen=COMMITTED_AFTER_SNAPSHOTS + 1)
+        labels = (self._topic, str(self._partition))
+        self._lag_events = metrics.LAG_EVENTS.labels(*labels)
+        self._lag_seconds = metrics.LAG_SECONDS.labels(*labels)
+        consumer.assign([start])
+
+    def next_batch(self) -> list[list[RawMessage]]:
+        """Whatever is there, at once, as one batch; waits for nothing. Raises WrongLog."""
+        if self._progress.failure is not None:
+            raise self._progress.failure
+        polled = self._consumer.consume(num_messages=BATCH_MESSAGES, timeout=0)
+        messages = [message for message in polled if message.error() is None or self._judge(message.error())]
+        pause = self._linger if self._linger else (None if messages else POLL_PAUSE)
+        if len(polled) == BATCH_MESSAGES:
+            pause = None
+        self._awake_at = None if pause is None else datetime.now(UTC) + pause
+        if not messages:
+            return []
+        batch = self._take(messages)
+        if self._on_missing_head is not None:
+            tell, self._on_missing_head = self._on_missing_head, None
+            if batch[0].offset > 0:
+                tell(self._topic, batch[0].offset, batch[0].appended_at_ms)
+        return [batch]
+
+    def _take(self, messages: list[Message]) -> list[RawMessage]:
+        topic, partition = self._topic, self._partition
+        if self._broker_append_time and messages[0].timestamp()[0] != TIMESTAMP_LOG_APPEND_TIME:
+            raise WrongLog(
+                f"topic {topic} does not stamp messages with LogAppendTime: set its message.timestamp.type, "
+                "or METERING_BROKER_APPEND_TIME=false if the broker cannot"
+            )
+        now_ms = 0 if self._broker_append_time else self._now_ms()
+        batch = [
+            RawMessage(
+                topic,
+                partition,
+                message.offset(),
+                message.key(),
+                message.value(),
+                now_ms or message.timestamp()[1],
+                message.headers() if self._with_headers else None,
+            )
+            for message in messages
+        ]
+        last = batch[-1]
+        self._next_offset, self._last_appended_at_ms = last.offset + 1, last.appended_at_ms
+        return batch
+
+    def _judge(self, error: KafkaError) -> bool:
+        """Never a message; raises for what waiting cannot heal."""
+        code = error.code()
+        if code in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
+            raise WrongLog(
+                f"{self._topic}/{self._partition}: offset {self._next_offset}, where the flow stopped, is not "
+                f"in the log any more ({error.str()}): run `metering adopt-log`"
+            )
+        if code != KafkaError._PARTITION_EOF:
+            metrics.RETRIES.labels("read from Kafka").inc()
+        return False
+
+    def next_awake(self) -> datetime | None:
+        """At once after a full batch, else after a pause."""
+        return self._awake_at
+
+    def snapshot(self) -> SourcePosition:
+        """Where to go on after a crash; called once an epoch."""
+        # From the last fetch's answer: costs no round trip.
+        _, high = self._consumer.get_watermark_offsets(
+            TopicPartition(self._topic, self._partition), cached=True
+        )
+        now_ms = self._now_ms()
+        lag = max(high - self._next_offset, 0)
+        self._lag_events.set(lag)
+        self._lag_seconds.set(max(now_ms - self._last_appended_at_ms, 0) / 1000 if lag else 0)
+        at_end = high >= 0 and lag == 0
+        self._snapshots.append(
+            Committed(self._next_offset, now_ms if at_end else self._last_appended_at_ms, at_end)
+        )
+        if len(self._snapshots) > COMMITTED_AFTER_SNAPSHOTS:
+            self._progress.commit(self._partition, self._snapshots[0])
+        return SourcePosition(self._log.topic_id, self._log.partition_count, self._next_offset)
+
+    def close(self) -> None:
+        """Leave the broker."""
+        self._consumer.close()
+
+
+class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
+    """All partitions of one topic.
+
+    `broker_append_time=False` stamps messages with this process's own clock, for a broker that cannot.
+    `linger` is how long to gather messages for one batch. Raises WrongLog, or KafkaException without a broker.
+    """
+
+    def __init__(
+        self,
+        bootstrap: str,
+        topic: str,
+        now_ms: Callable[[], int],
+        *,
+        broker_append_time: bool,
+        progress: Progress | None = None,
+        with_headers: bool = False,
+        linger: timedelta = timedelta(0),
+        on_missing_head: MissingHead | None = None,
+    ) -> None:
+        self._bootstrap = bootstrap
+        self._topic = topic
+        self._now_ms = now_ms
+        self._broker_append_time = broker_append_time
+        self._progress = progress or Progress()
+        self._with_headers = with_headers
+        self._linger = linger
+        self._on_missing_head = on_missing_head
+        self._log = describe_log(AdminClient({"bootstrap.servers": bootstrap}), topic)
+        self._progress.log = self._log
+
+    def list_parts(self) -> list[str]:
+        """One a partition, named topic/number."""
+        return [f"{self._topic}/{partition}" for partition in range(self._log.partition_count)]
+
+    def build_part(self, step_id: str, for_part: str, resume_state: SourcePosition | None) -> KafkaPartition:
+        """A reader that goes on where the snapshot was taken, or begins at the head of the log."""
+        partition = int(for_part.rpartition("/")[2])
+        start = TopicPartition(self._topic, partition, OFFSET_BEGINNING)
+        if resume_state is not None:
+            position = SourcePosition(*resume_state)
+            self._check_same_log(position)
+            start.offset = position.next_offset
+        consumer = Consumer(consumer_settings(self._bootstrap))
+        return KafkaPartition(
+            consumer,
+            start,
+            self._log,
+            self._progress,
+            self._now_ms,
+            broker_append_time=self._broker_append_time,
+            with_headers=self._with_headers,
+            linger=self._linger,
+            on_missing_head=self._on_missing_head if resume_state is None else None,
+        )
+
+    def _check_same_log(self, position: SourcePosition) -> None:
+        found = self._log
+        if position.topic_id != found.topic_id:
+            refuse(
+                f"topic {self._topic} was made anew (id {found.topic_id}, was {position.topic_id}): the flow's "
+                "offsets are from another log. Run `metering adopt-log` to go on with this one"
+            )
+        if position.partition_count != found.partition_count:
+            refuse(
+                f"topic {self._topic} has {found.partition_count} partitions, had {position.partition_count}: "
+                "keys moved between partitions. Run `metering adopt-log` to go on"
+            )
+
+
+def refuse(line: str) -> None:
+    """Raise WrongLog, with the line on stderr first: Bytewax buries it in a traceback."""
+    print(f"metering: {line}", file=sys.stderr, flush=True)  # noqa: T201
+    raise WrongLog(line)

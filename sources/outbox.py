@@ -1,0 +1,70 @@
+"""The outbox as a Bytewax source: the Redis stream `ledger`, read from its head at every start.
+
+It keeps no place of its own: entries are trimmed only after their rows are stored, and an hour later, so what
+is read again at a start is a bounded repeat that the archive replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import redis
+from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
+
+from schemas.messages import OutboxMessage
+from schemas.redis_keys import LEDGER_STREAM
+from telemetry import metrics
+
+BATCH_ENTRIES = 500
+GATHER = timedelta(milliseconds=200)
+"""Entries are gathered for so long: fewer, larger inserts."""
+AWAY = timedelta(seconds=1)
+
+
+class _OutboxPartition(StatefulSourcePartition[list[OutboxMessage], None]):
+    def __init__(self, client: redis.Redis, away: Callable[[Exception], bool]) -> None:
+        self._client = client
+        self._away = away
+        self._last_id = b"0-0"
+        self._pause = GATHER
+
+    def next_batch(self) -> list[list[OutboxMessage]]:
+        """Up to BATCH_ENTRIES entries, as one batch; none while Redis is away."""
+        try:
+            reply = self._client.xread({LEDGER_STREAM: self._last_id}, count=BATCH_ENTRIES)
+        except Exception as error:
+            if not self._away(error):
+                raise
+            metrics.RETRIES.labels("read the outbox").inc()
+            self._pause = AWAY
+            return []
+        entries = [OutboxMessage(entry_id, fields) for _, read in reply for entry_id, fields in read]
+        self._pause = timedelta(0) if len(entries) == BATCH_ENTRIES else GATHER
+        if not entries:
+            return []
+        self._last_id = entries[-1].entry_id
+        return [entries]
+
+    def next_awake(self) -> datetime | None:
+        """At once while there is more, else after gathering."""
+        return datetime.now(UTC) + self._pause
+
+    def snapshot(self) -> None:
+        """Nothing: the stream itself is what is left to do."""
+
+
+class OutboxSource(FixedPartitionedSource[list[OutboxMessage], None]):
+    """One reader. `away(error)` says that Redis is away, and reading goes on when it is back."""
+
+    def __init__(self, client: redis.Redis, away: Callable[[Exception], bool]) -> None:
+        self._client = client
+        self._away = away
+
+    def list_parts(self) -> list[str]:
+        """The stream."""
+        return [LEDGER_STREAM]
+
+    def build_part(self, step_id: str, for_part: str, resume_state: None) -> _OutboxPartition:
+        """A reader at the head."""
+        return _OutboxPartition(self._client, self._away)

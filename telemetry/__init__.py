@@ -1,0 +1,1 @@
+"""What the processes tell about themselves: metrics and log lines. A leaf, next to `schemas`."""
