@@ -49,7 +49,8 @@ def adopt_new_log(settings: Settings) -> AdoptedLog:
     client = redis_client(settings)
     log = describe_log(AdminClient({"bootstrap.servers": settings.kafka}), EVENTS)
     book = RedisBalances(client, expected_epoch(settings, client), settings.outbox_max_entries)
-    last_posted = client.zrevrange(redis_keys.LIVE_CELLS, 0, 0, withscores=True)
+    last_posted: list[tuple[bytes, float]]
+    last_posted = client.zrevrange(redis_keys.LIVE_CELLS, 0, 0, withscores=True)  # type: ignore[assignment]
     windows = [int(score) for _, score in last_posted]
     windows += _last_stored_window(settings)
     frozen_before_ms = book.fence()

@@ -54,10 +54,10 @@ def expected_epoch(settings: Settings, client: redis.Redis) -> int:
 def check_log(client: redis.Redis, topic: str, found: LogIdentity) -> None:
     """Claim the log for an empty book, or make sure that it is the one that revisions were counted in."""
     mine = {"topic_id": found.topic_id, "partition_count": str(found.partition_count)}
-    if not client.hgetall(redis_keys.LOG):
+    known = _read_hash(client, redis_keys.LOG)
+    if not known:
         client.hset(redis_keys.LOG, mapping=mine)  # type: ignore[arg-type]
         return
-    known = {key.decode(): value.decode() for key, value in client.hgetall(redis_keys.LOG).items()}
     if known != mine:
         raise BooksDiffer(
             f"topic {topic} (id {found.topic_id}, {found.partition_count} partitions) is not the log that the "
@@ -80,7 +80,7 @@ def adopt_log(client: redis.Redis, found: LogIdentity) -> None:
 def register_rates(client: redis.Redis, card: RateCard) -> None:
     """Remember every version in use, so that none is ever edited, dropped, or slipped in under the fence."""
     fence_ms = int(client.get(redis_keys.FENCE) or 0)
-    known = {int(key): value.decode() for key, value in client.hgetall(redis_keys.RATE_VERSIONS).items()}
+    known = {int(key): rates for key, rates in _read_hash(client, redis_keys.RATE_VERSIONS).items()}
     mine = {version.effective_from_ms: _rates_text(version) for version in card.versions}
     for effective_from_ms, rates in sorted(known.items()):
         name = format_rfc3339_ms(effective_from_ms)
@@ -102,6 +102,11 @@ def register_rates(client: redis.Redis, card: RateCard) -> None:
             )
     if new:
         client.hset(redis_keys.RATE_VERSIONS, mapping=new)  # type: ignore[arg-type]
+
+
+def _read_hash(client: redis.Redis, key: str) -> dict[str, str]:
+    stored: dict[bytes, bytes] = client.hgetall(key)  # type: ignore[assignment]
+    return {field.decode(): value.decode() for field, value in stored.items()}
 
 
 def _rates_text(version: RateVersion) -> str:

@@ -231,6 +231,22 @@ def _listed(names: list[str], noun: str) -> str:
     return f"no {noun}" if not names else f"{len(names)} {noun}{'s'[: len(names) > 1]} ({', '.join(names)})"
 
 
+@app.command(name="adopt-log")
+def adopt_log() -> None:
+    """Go on with another log, after the topic was made anew or grew partitions. The flows must be stopped."""
+    from app.adopt_log import adopt_new_log
+    from schemas.rfc3339 import format_rfc3339_ms
+    from schemas.settings import load_settings
+
+    adopted = adopt_new_log(load_settings())
+    for store in adopted.moved:
+        _say(f"recovery store put aside: {store}")
+    _say(
+        f"windows before {format_rfc3339_ms(adopted.frozen_before_ms)} are frozen; "
+        "the flows will read the topic from its head"
+    )
+
+
 @app.command()
 def balance(account: AccountArgument, *, as_json: JsonOption = False) -> None:
     """Show an account's live balance, from Redis."""

@@ -90,7 +90,7 @@ def disagreements(
             )
         elif not entry.is_whole:
             lines.append(
-                f"{account}: the ledger's chain is broken: {entry.lines} lines up to number {entry.last_seq}, "
+                f"{account}: broken chain in the ledger: {entry.lines} lines up to number {entry.last_seq}, "
                 f"{entry.breaks} of them do not begin where the one before ended"
             )
     return lines

@@ -68,13 +68,13 @@ def bill_table(shares: list[Share]) -> Table:
     state = "settled" if shares[0].settled else "still open"
     table = Table(title=f"Bill of {scope}, {state} (ClickHouse)", title_justify="left", show_footer=True)
     table.add_column("payer", "total")
-    table.add_column("minutes of the clock", justify="right")
+    table.add_column("windows", justify="right")
     table.add_column("share, minutes", minutes_text(total_us), justify="right")
     table.add_column("share, us", f"{total_us:,}", justify="right")
     for share in shares:
         table.add_row(
             f"user/{share.user_id}",
-            str(share.minutes_present),
+            str(share.windows),
             minutes_text(share.share_us),
             f"{share.share_us:,}",
         )

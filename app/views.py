@@ -57,8 +57,8 @@ class Share:
     user_id: str
     share_us: int
     total_us: int
-    minutes_present: int
-    """Windows of one minute with usage in which the user was a payer."""
+    windows: int
+    """Windows of one minute in which the user was a payer."""
     settled: bool
 
 

@@ -68,6 +68,7 @@ class AcceptedCommand(msgspec.Struct, frozen=True, gc=False):
 
 
 Outgoing = Emission | AcceptedCommand | Refused
+Decoded = list[Located] | DeadLetter
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,7 @@ class SettleScope(StatefulBatchLogic[list[Located], Outgoing, bytes]):
         return self._live.snapshot()
 
 
-def decode(
-    batches: list[list[RawMessage]], card: RateCard
-) -> Iterable[tuple[str, list[Located] | DeadLetter]]:
+def decode(batches: list[list[RawMessage]], card: RateCard) -> Iterable[tuple[str, Decoded]]:
     """Accepted events grouped by scope, in the order of the log; refused messages as dead letters."""
     for batch in batches:
         accepted, refused = accept_batch(batch, card)
@@ -279,9 +278,11 @@ def build_flow(
         "decode", op.input("events", flow, events), lambda batches: decode(batches, rules.card)
     )
     sorted_out = op.branch("accepted", decoded, lambda item: item[0] != NO_SCOPE)
+    # What `branch` parts, its types do not tell apart.
     accepted: KeyedStream[list[Located]] = sorted_out.trues  # type: ignore[assignment]
+    refused_early: KeyedStream[Outgoing] = sorted_out.falses  # type: ignore[assignment]
     settled = op.stateful_batch("settle", accepted, lambda saved: SettleScope(saved, rules, desk))
     taken = op.flat_map_batch("decode_commands", op.input("commands", flow, commands), decode_commands)
-    to_post = op.merge("to_post", settled, taken, sorted_out.falses)
+    to_post = op.merge("to_post", settled, taken, refused_early)
     op.output("dead_letters", op.flat_map_batch("post", to_post, lambda items: post(items, desk)), refused)
     return flow

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-from schemas.events import Event, Usage
+import msgspec
+
+from schemas.events import Event, Lifecycle, Usage
+
+_encode = msgspec.msgpack.Encoder().encode
 
 OFFSET_BITS = 48
 """An offset takes the low 48 bits of a position: 281 * 10**12 messages a partition."""
@@ -32,13 +36,28 @@ def identity_digest(source: str, event_id: str) -> bytes:
 
 
 def body_digest(event: Event) -> bytes:
-    """8 bytes for type, time (ms) and data: equal exactly when a repeat says the same thing."""
-    if isinstance(event, Usage):
-        body = (
-            f"u|{event.time_ms}|{event.session_id}|{event.room_id}|{event.user_id}|{event.node_id}"
-            f"|{event.utterance_id}|{event.audio_ms}|{event.asr_time_ms}|{event.nmt_time_ms}"
-            f"|{event.tts_time_ms}|{event.gpu_active_time_ms}|{event.source_lang!r}|{event.target_lang!r}"
+    """8 bytes for type, time (ms) and data: equal exactly when a repeat says the same thing.
+
+    The fields are listed, and their order is part of every snapshot: a new field goes to the end, and only
+    when it is set, or else repeats across an upgrade would look like conflicts.
+    """
+    if type(event) is Usage:
+        body: tuple[object, ...] = (
+            event.time_ms,
+            event.session_id,
+            event.room_id,
+            event.user_id,
+            event.node_id,
+            event.utterance_id,
+            event.audio_ms,
+            event.asr_time_ms,
+            event.nmt_time_ms,
+            event.tts_time_ms,
+            event.gpu_active_time_ms,
+            event.source_lang,
+            event.target_lang,
         )
     else:
-        body = f"{event.kind:d}|{event.time_ms}|{event.user_id}|{event.session_id}|{event.room_id}"
-    return blake2b(body.encode(), digest_size=8).digest()
+        assert isinstance(event, Lifecycle)
+        body = (event.time_ms, int(event.kind), event.user_id, event.session_id, event.room_id)
+    return blake2b(_encode(body), digest_size=8).digest()

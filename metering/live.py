@@ -14,7 +14,7 @@ Laws:
   comes last: then the one that had counted is taken back (DISPLACED).
 - The clock decides only when something is written, never what.
 
-An entry is kept for every event of a live window (58 bytes packed for usage): enough to know a repeat, to
+An entry is kept for every event of a live window (64 bytes packed for usage): enough to know a repeat, to
 take the event back, and to price it again. A snapshot packs a window once and copies it from then on.
 """
 
@@ -37,11 +37,11 @@ from schemas.records import SettlementReason
 
 _IDENTITY_BYTES = 16
 _BODY_BYTES = 8
-# body digest, position, ms into the window, asr, nmt, tts, gpu, index of the user, index of the node
-_USAGE = struct.Struct(f"<{_BODY_BYTES}sQHIIIIII")
-# body digest, position, ms into the window, kind, index of the user + 1 (0: nobody)
-_LIFECYCLE = struct.Struct(f"<{_BODY_BYTES}sQHBI")
-_POSITION = struct.Struct("<Q")
+# body digest, position, time, asr, nmt, tts, gpu (all ms), index of the user, index of the node
+_USAGE = struct.Struct(f"<{_BODY_BYTES}sQqIIIIII")
+# body digest, position, time (ms), kind, index of the user + 1 (0: nobody)
+_LIFECYCLE = struct.Struct(f"<{_BODY_BYTES}sQqBI")
+_POSITION_AND_TIME = struct.Struct("<Qq")
 
 
 class Located(msgspec.Struct, frozen=True, gc=False):
@@ -139,17 +139,18 @@ _decode_window = msgspec.msgpack.Decoder(_SavedWindow).decode
 
 
 class _Window:
-    """One live window of a scope: its entries, and the sums they add up to."""
+    """One live window of a scope: which entries are its own, and the sums they add up to."""
 
     __slots__ = (
         "cost_us_by_user",
         "credit_us_by_node",
         "dirty",
-        "entries",
         "had_usage",
+        "identities",
+        "last_rates",
         "node_index",
-        "rates_used",
         "rates",
+        "rates_used",
         "refused_revision",
         "saved",
         "start_ms",
@@ -159,7 +160,7 @@ class _Window:
 
     def __init__(self, start_ms: int, card: RateCard) -> None:
         self.start_ms = start_ms
-        self.entries: dict[bytes, bytes] = {}
+        self.identities: list[bytes] = []
         self.user_index: dict[str, int] = {}
         self.node_index: dict[str, int] = {}
         self.cost_us_by_user: dict[str, int] = {}
@@ -173,70 +174,52 @@ class _Window:
         # Nearly every window lies within one version of the rates: then no event needs to look it up.
         first = card.version_at(start_ms)
         self.rates: RateVersion | None = first if first is card.version_at(start_ms + WINDOW_MS - 1) else None
+        self.last_rates: RateVersion | None = None
         self.rates_used: set[RateVersion] = set()
 
-    def put_usage(self, identity: bytes, body: bytes, packed_position: int, usage: Usage) -> None:
-        users, nodes = self.user_index, self.node_index
-        user = users.setdefault(usage.user_id, len(users))
-        node = nodes.setdefault(usage.node_id, len(nodes))
-        self.entries[identity] = _USAGE.pack(
-            body,
-            packed_position,
-            usage.time_ms - self.start_ms,
-            usage.asr_time_ms,
-            usage.nmt_time_ms,
-            usage.tts_time_ms,
-            usage.gpu_active_time_ms,
-            user,
-            node,
-        )
-        self.saved = None
-
-    def put_lifecycle(self, identity: bytes, body: bytes, packed_position: int, event: Lifecycle) -> None:
-        users = self.user_index
-        user = 0 if event.user_id is None else users.setdefault(event.user_id, len(users)) + 1
-        self.entries[identity] = _LIFECYCLE.pack(
-            body, packed_position, event.time_ms - self.start_ms, event.kind, user
-        )
-        self.saved = None
-
     def count(
-        self, card: RateCard, time_ms: int, stages: tuple[int, int, int], gpu: int, user: str, node: str
+        self, card: RateCard, time_ms: int, asr: int, nmt: int, tts: int, gpu: int, user: str, node: str
     ) -> None:
+        """Add one utterance's cost and credit to the sums."""
         rates = self.rates or card.version_at(time_ms)
-        if rates is None:
-            raise ValueError(f"usage at {time_ms} ms has no rate; the decoder should have refused it")
-        self.rates_used.add(rates)
-        asr, nmt, tts = stages
-        cost = asr * rates.asr + nmt * rates.nmt + tts * rates.tts
-        self.cost_us_by_user[user] = self.cost_us_by_user.get(user, 0) + cost
-        self.credit_us_by_node[node] = self.credit_us_by_node.get(node, 0) + gpu * rates.node_credit
+        if rates is not self.last_rates:
+            if rates is None:
+                raise ValueError(f"usage at {time_ms} ms has no rate; it should have been refused")
+            self.rates_used.add(rates)
+            self.last_rates = rates
+        assert rates is not None
+        costs, credits = self.cost_us_by_user, self.credit_us_by_node
+        costs[user] = costs.get(user, 0) + asr * rates.asr + nmt * rates.nmt + tts * rates.tts
+        credits[node] = credits.get(node, 0) + gpu * rates.node_credit
         self.usage_events += 1
         self.had_usage = True
 
-    def count_again(self, card: RateCard) -> None:
+    def count_again(self, card: RateCard, entries: dict[bytes, bytes]) -> None:
         """Add the sums up from the entries: after a restart, or when an entry was taken back."""
         self.cost_us_by_user, self.credit_us_by_node, self.usage_events = {}, {}, 0
-        self.rates_used = set()
+        self.rates_used, self.last_rates = set(), None
         users, nodes = list(self.user_index), list(self.node_index)
-        for entry in self.entries.values():
+        for identity in self.identities:
+            entry = entries[identity]
             if len(entry) == _USAGE.size:
-                _, _, into_ms, asr, nmt, tts, gpu, user, node = _USAGE.unpack(entry)
-                self.count(card, self.start_ms + into_ms, (asr, nmt, tts), gpu, users[user], nodes[node])
+                _, _, time_ms, asr, nmt, tts, gpu, user, node = _USAGE.unpack(entry)
+                self.count(card, time_ms, asr, nmt, tts, gpu, users[user], nodes[node])
 
-    def lifecycle(self) -> Iterator[tuple[LifecycleKind, str | None, int]]:
+    def lifecycle(self, entries: dict[bytes, bytes]) -> Iterator[tuple[LifecycleKind, str | None, int]]:
         """(kind, user id, time) of every lifecycle event of the window."""
         users = list(self.user_index)
-        for entry in self.entries.values():
+        for identity in self.identities:
+            entry = entries[identity]
             if len(entry) == _LIFECYCLE.size:
-                _, _, into_ms, kind, user = _LIFECYCLE.unpack(entry)
-                yield LifecycleKind(kind), users[user - 1] if user else None, self.start_ms + into_ms
+                _, _, time_ms, kind, user = _LIFECYCLE.unpack(entry)
+                yield LifecycleKind(kind), users[user - 1] if user else None, time_ms
 
-    def save(self) -> bytes:
+    def save(self, entries: dict[bytes, bytes]) -> bytes:
         if self.saved is None:
             usage: list[bytes] = []
             lifecycle: list[bytes] = []
-            for identity, entry in self.entries.items():
+            for identity in self.identities:
+                entry = entries[identity]
                 (usage if len(entry) == _USAGE.size else lifecycle).append(identity + entry)
             window = _SavedWindow(
                 self.start_ms,
@@ -250,7 +233,8 @@ class _Window:
         return self.saved
 
     @classmethod
-    def load(cls, saved: bytes, card: RateCard) -> _Window:
+    def load(cls, saved: bytes, card: RateCard, entries: dict[bytes, bytes]) -> _Window:
+        """The window, with its entries put into `entries`."""
         parts = _decode_window(saved)
         window = cls(parts.start_ms, card)
         window.user_index = {user: index for index, user in enumerate(parts.users)}
@@ -258,8 +242,10 @@ class _Window:
         for packed, entry_bytes in ((parts.usage, _USAGE.size), (parts.lifecycle, _LIFECYCLE.size)):
             step = _IDENTITY_BYTES + entry_bytes
             for at in range(0, len(packed), step):
-                window.entries[packed[at : at + _IDENTITY_BYTES]] = packed[at + _IDENTITY_BYTES : at + step]
-        window.count_again(card)
+                identity = packed[at : at + _IDENTITY_BYTES]
+                window.identities.append(identity)
+                entries[identity] = packed[at + _IDENTITY_BYTES : at + step]
+        window.count_again(card, entries)
         window.had_usage = parts.had_usage
         window.dirty = window.had_usage
         window.saved = saved
@@ -279,6 +265,7 @@ class LiveScope:
         self._room = is_room(scope)
         self._positions: dict[int, int] = {}
         self._windows: dict[int, _Window] = {}
+        self._entries: dict[bytes, bytes] = {}
         self._presence = Presence(presence_max_ms, frozen_before_ms)
         self._first_event_ms: int | None = None
         self._last_event_ms = 0
@@ -291,20 +278,18 @@ class LiveScope:
     def apply(self, located: Located) -> Outcome:
         """Take one event into account and say what became of it."""
         event, message = located.event, located.message
-        partition, offset = message.partition, message.offset
-        if offset >= self._positions.get(partition, 0):
-            self._positions[partition] = offset + 1
+        if message.offset >= self._positions.get(message.partition, 0):
+            self._positions[message.partition] = message.offset + 1
         start_ms = window_start_ms(event.time_ms)
         if start_ms < self.frozen_before_ms:
             return self._apply_late(event)
         identity = identity_digest(event.source, event.id)
         body = body_digest(event)
-        for window in self._windows.values():
-            known = window.entries.get(identity)
-            if known is not None:
-                return self._repeat(window, known, identity, body, located)
-        self._put(start_ms, identity, body, position(partition, offset), event)
-        if isinstance(event, Usage):
+        known = self._entries.get(identity)
+        if known is not None:
+            return self._repeat(known, identity, body, located)
+        self._put(start_ms, identity, body, position(message.partition, message.offset), event)
+        if type(event) is Usage:
             self._fresh.append(message.appended_at_ms)
         return Outcome.APPLIED
 
@@ -312,33 +297,45 @@ class LiveScope:
         window = self._windows.get(start_ms)
         if window is None:
             window = self._windows[start_ms] = _Window(start_ms, self._card)
-        if isinstance(event, Usage):
-            window.put_usage(identity, body, packed_position, event)
-            window.count(
-                self._card,
-                event.time_ms,
-                (event.asr_time_ms, event.nmt_time_ms, event.tts_time_ms),
-                event.gpu_active_time_ms,
-                event.user_id,
-                event.node_id,
+        window.saved = None
+        window.identities.append(identity)
+        users = window.user_index
+        time_ms = event.time_ms
+        if type(event) is Usage:
+            nodes = window.node_index
+            user_id, node_id = event.user_id, event.node_id
+            asr, nmt, tts = event.asr_time_ms, event.nmt_time_ms, event.tts_time_ms
+            gpu = event.gpu_active_time_ms
+            self._entries[identity] = _USAGE.pack(
+                body,
+                packed_position,
+                time_ms,
+                asr,
+                nmt,
+                tts,
+                gpu,
+                users.setdefault(user_id, len(users)),
+                nodes.setdefault(node_id, len(nodes)),
             )
+            window.count(self._card, time_ms, asr, nmt, tts, gpu, user_id, node_id)
             window.dirty = True
         else:
-            window.put_lifecycle(identity, body, packed_position, event)
+            assert isinstance(event, Lifecycle)
+            user = 0 if event.user_id is None else users.setdefault(event.user_id, len(users)) + 1
+            self._entries[identity] = _LIFECYCLE.pack(body, packed_position, time_ms, event.kind, user)
             self._note_membership(event)
-        self._note_event(event)
+            if self._is_end(event.kind):
+                self._end_ms = time_ms if self._end_ms is None else max(self._end_ms, time_ms)
+        self._note_time(time_ms)
 
-    def _note_event(self, event: Event) -> None:
-        time_ms = event.time_ms
+    def _note_time(self, time_ms: int) -> None:
+        self._open = True
         if self._first_event_ms is None:
             self._first_event_ms = self._last_event_ms = time_ms
-        elif time_ms < self._first_event_ms:
-            self._first_event_ms = time_ms
         elif time_ms > self._last_event_ms:
             self._last_event_ms = time_ms
-        self._open = True
-        if isinstance(event, Lifecycle) and self._is_end(event.kind):
-            self._end_ms = time_ms if self._end_ms is None else max(self._end_ms, time_ms)
+        elif time_ms < self._first_event_ms:
+            self._first_event_ms = time_ms
 
     def _is_end(self, kind: LifecycleKind) -> bool:
         return kind is (LifecycleKind.CLOSED if self._room else LifecycleKind.SESSION_ENDED)
@@ -355,41 +352,47 @@ class LiveScope:
     def _apply_late(self, event: Event) -> Outcome:
         if isinstance(event, Lifecycle):
             self._note_membership(event)
-        self._note_event(event)
+            if self._is_end(event.kind):
+                self._end_ms = event.time_ms if self._end_ms is None else max(self._end_ms, event.time_ms)
+        self._note_time(event.time_ms)
         return Outcome.LATE
 
-    def _repeat(
-        self, window: _Window, known: bytes, identity: bytes, body: bytes, located: Located
-    ) -> Outcome:
-        packed_position = position(located.message.partition, located.message.offset)
-        (known_position,) = _POSITION.unpack_from(known, _BODY_BYTES)
+    def _repeat(self, known: bytes, identity: bytes, body: bytes, located: Located) -> Outcome:
+        event, message = located.event, located.message
+        packed_position = position(message.partition, message.offset)
+        known_position, known_time_ms = _POSITION_AND_TIME.unpack_from(known, _BODY_BYTES)
+        window = self._windows[window_start_ms(known_time_ms)]
         if known[:_BODY_BYTES] == body:
             if packed_position < known_position:
                 # The smaller position is what a later conflict is judged by.
-                at = _BODY_BYTES + _POSITION.size
-                window.entries[identity] = known[:_BODY_BYTES] + _POSITION.pack(packed_position) + known[at:]
+                moved = bytearray(known)
+                _POSITION_AND_TIME.pack_into(moved, _BODY_BYTES, packed_position, known_time_ms)
+                self._entries[identity] = bytes(moved)
                 window.saved = None
             return Outcome.DUPLICATE
         if packed_position >= known_position:
             return Outcome.CONFLICT
         self._take_back(window, identity)
-        event = located.event
         self._put(window_start_ms(event.time_ms), identity, body, packed_position, event)
         self.displaced = known_position
         return Outcome.DISPLACED
 
     def _take_back(self, window: _Window, identity: bytes) -> None:
-        taken = window.entries.pop(identity)
+        taken = self._entries.pop(identity)
+        window.identities.remove(identity)
         window.saved = None
         if len(taken) == _USAGE.size:
-            window.count_again(self._card)
+            window.count_again(self._card, self._entries)
             window.dirty = True
             return
-        membership = [event for live in self._windows.values() for event in live.lifecycle()]
+        membership = self._live_lifecycle()
         self._presence.replace(membership)
         self._end_ms = max((time_ms for kind, _, time_ms in membership if self._is_end(kind)), default=None)
         for live in self._windows.values():
             live.dirty = live.dirty or live.had_usage
+
+    def _live_lifecycle(self) -> list[tuple[LifecycleKind, str | None, int]]:
+        return [event for window in self._windows.values() for event in window.lifecycle(self._entries)]
 
     def raise_fence(self, frozen_before_ms: int) -> None:
         """Forget the windows before the fence; it only grows."""
@@ -397,8 +400,12 @@ class LiveScope:
             return
         self.frozen_before_ms = frozen_before_ms
         for start_ms in [start_ms for start_ms in self._windows if start_ms < frozen_before_ms]:
-            del self._windows[start_ms]
+            self._forget(start_ms)
         self._presence.raise_fence(frozen_before_ms)
+
+    def _forget(self, start_ms: int) -> None:
+        for identity in self._windows.pop(start_ms).identities:
+            del self._entries[identity]
 
     def answer(self, window_start: int, revision: int, answer: Answer) -> None:
         """What the keeper of the balances said to the posting of this window at this revision."""
@@ -406,7 +413,7 @@ class LiveScope:
         if window is None or answer is Answer.POSTED:
             return
         if answer is Answer.FROZEN:
-            del self._windows[window_start]
+            self._forget(window_start)
             return
         window.dirty = True
         window.refused_revision = max(window.refused_revision, revision)
@@ -485,7 +492,7 @@ class LiveScope:
     def snapshot(self) -> bytes:
         """The whole state; windows that did not change since the last snapshot are only copied."""
         joins, ends, closed = self._presence.folded()
-        windows = [window.save() for window in self._windows.values()]
+        windows = [window.save(self._entries) for window in self._windows.values()]
         return _encode(
             _SavedScope(
                 self.scope,
@@ -509,10 +516,10 @@ class LiveScope:
         live = cls(parts.scope, card, parts.frozen_before_ms, presence_max_ms)
         live._positions = parts.positions
         for packed in parts.windows:
-            window = _Window.load(packed, card)
+            window = _Window.load(packed, card, live._entries)
             live._windows[window.start_ms] = window
         live._presence.restore_folded(parts.joins_below, parts.ends_below, parts.closed_below)
-        live._presence.replace([event for window in live._windows.values() for event in window.lifecycle()])
+        live._presence.replace(live._live_lifecycle())
         live._first_event_ms, live._last_event_ms = parts.first_event_ms, parts.last_event_ms
         live._end_ms, live._open = parts.end_ms, parts.open
         return live

@@ -203,13 +203,16 @@ def load_settings(file: Path | None = None) -> Settings:
 def _refuse_unknown(environment: Mapping[str, str]) -> None:
     for name in sorted(environment):
         if name not in RESERVED and name.removeprefix(PREFIX).lower() not in Settings.model_fields:
-            known = [PREFIX + field.upper() for field in Settings.model_fields]
-            raise SettingsError(f"{name} is not a setting{_suggestion(name, known)}")
+            raise SettingsError(
+                f"{name} is not a setting{_suggestion(name.removeprefix(PREFIX).lower(), PREFIX)}"
+            )
 
 
-def _suggestion(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean {close[0]}?" if close else " (docs/settings.md lists them)"
+def _suggestion(field: str, prefix: str) -> str:
+    close = difflib.get_close_matches(field, Settings.model_fields, n=1)
+    if not close:
+        return " (docs/settings.md lists them)"
+    return f": did you mean {prefix + close[0].upper() if prefix else close[0]}?"
 
 
 def _read_file(file: Path) -> dict[str, Any]:
@@ -223,8 +226,7 @@ def _read_file(file: Path) -> dict[str, Any]:
         raise SettingsError(f"settings file {file}: not TOML: {one_line(str(error))}") from None
     for key in table:
         if key not in Settings.model_fields:
-            suggestion = _suggestion(key, list(Settings.model_fields))
-            raise SettingsError(f"settings file {file}: {key!r} is not a setting{suggestion}")
+            raise SettingsError(f"settings file {file}: {key!r} is not a setting{_suggestion(key, '')}")
     return table
 
 

@@ -77,7 +77,7 @@ class KafkaDeadLetters:
                         DEAD_LETTERS,
                         key=letter.key,
                         value=letter.value,
-                        headers=headers_of(letter),
+                        headers=list(headers_of(letter)),
                         on_delivery=confirm,
                     )
                     break
@@ -120,11 +120,12 @@ class KafkaDeadLetters:
             message = consumer.poll(FETCH_TIMEOUT_S)
             if message is None:
                 raise NotDelivered(f"{self._events_topic}/{displaced.partition}: no answer")
-            if message.error() is None:
+            error = message.error()
+            if error is None:
                 return message
-            if message.error().code() == KafkaError._PARTITION_EOF:
+            if error.code() == KafkaError._PARTITION_EOF:
                 return None
-            raise KafkaException(message.error())
+            raise KafkaException(error)
         finally:
             consumer.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import redis
 
@@ -45,7 +46,7 @@ class RedisOutbox:
         return entries - int(client.xtrim(LEDGER_STREAM, minid=keep_from, approximate=False))
 
     def set_aside(self, message: OutboxMessage, why: str) -> None:
-        entry = {**message.fields, b"entry_id": message.entry_id, b"why": why.encode()}
+        entry: dict[Any, Any] = {**message.fields, b"entry_id": message.entry_id, b"why": why.encode()}
         retrying(
             lambda: self._client.xadd(UNREADABLE_STREAM, entry, maxlen=100_000, approximate=True),
             heals=heals,

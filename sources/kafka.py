@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
 from confluent_kafka import (
@@ -166,7 +166,7 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
         if self._progress.failure is not None:
             raise self._progress.failure
         polled = self._consumer.consume(num_messages=BATCH_MESSAGES, timeout=0)
-        messages = [message for message in polled if message.error() is None or self._judge(message.error())]
+        messages = [message for message in polled if self._is_message(message)]
         pause = self._linger if self._linger else (None if messages else POLL_PAUSE)
         if len(polled) == BATCH_MESSAGES:
             pause = None
@@ -195,8 +195,8 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
                 message.offset(),
                 message.key(),
                 message.value(),
-                now_ms or message.timestamp()[1],
-                message.headers() if self._with_headers else None,
+                now_ms or message.timestamp()[1],  # type: ignore[arg-type] # Kafka 4 stamps every message.
+                _headers(message) if self._with_headers else None,
             )
             for message in messages
         ]
@@ -204,8 +204,11 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
         self._next_offset, self._last_appended_at_ms = last.offset + 1, last.appended_at_ms
         return batch
 
-    def _judge(self, error: KafkaError) -> bool:
-        """Never a message; raises for what waiting cannot heal."""
+    def _is_message(self, message: Message) -> bool:
+        """False for a report of the client; raises WrongLog for one that waiting cannot heal."""
+        error = message.error()
+        if error is None:
+            return True
         code = error.code()
         if code in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
             raise WrongLog(
@@ -241,6 +244,12 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
     def close(self) -> None:
         """Leave the broker."""
         self._consumer.close()
+
+
+def _headers(message: Message) -> list[tuple[str, bytes]]:
+    """Headers that have a value; those of a dead letter all do."""
+    found: Any = message.headers()
+    return [(name, value) for name, value in found or () if isinstance(value, bytes)]
 
 
 class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):

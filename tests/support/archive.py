@@ -175,7 +175,10 @@ def read_lifecycle(client: Client) -> list[LifecycleRow]:
         FROM lifecycle_events FINAL ORDER BY scope, source, id
         """
     ).result_rows
-    return [LifecycleRow(Lifecycle(*row[:4], LifecycleKind(row[4]), *row[5:8]), *row[8:]) for row in rows]
+    return [
+        LifecycleRow(Lifecycle(scope, source, id, time_ms, LifecycleKind(kind), user, session, room), *place)
+        for scope, source, id, time_ms, kind, user, session, room, *place in rows
+    ]
 
 
 def read_dead_letters(client: Client) -> list[DeadLetter]:

@@ -1,0 +1,309 @@
+"""What every balance book does, whether it is Redis with its scripts or the twin in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import pytest
+import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from metering.commands import CommandOutcome
+from metering.live import Answer, CellPosting, Emission, Ending
+from metering.money import MAX_AMOUNT_US
+from metering.outbox import OutboxEntry, parse_entry
+from metering.ports import BalanceBook, WrongRedis
+from schemas import redis_keys
+from schemas.commands import Command, CommandKind
+from schemas.records import LedgerLine, SettlementReason
+from sinks.balances import RedisBalances
+from sinks.balances_memory import MemoryBalances
+
+START_MS = 1_767_225_600_000
+
+
+class Bench(Protocol):
+    """A book with a view from outside."""
+
+    book: BalanceBook
+
+    def balances(self) -> dict[str, int]: ...
+
+    def entries(self) -> list[OutboxEntry]: ...
+
+    def live_cells(self) -> set[str]: ...
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+@dataclass
+class MemoryBench:
+    book: MemoryBalances = field(default_factory=MemoryBalances)
+
+    def balances(self) -> dict[str, int]:
+        return self.book.balances()
+
+    def entries(self) -> list[OutboxEntry]:
+        return self.book.outbox
+
+    def live_cells(self) -> set[str]:
+        return self.book.live_cells()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.book.epoch = epoch
+
+
+class RedisBench:
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        client.flushall()
+        client.set(redis_keys.EPOCH, 1)
+        self.book = RedisBalances(client, epoch=1, outbox_max_entries=1_000_000)
+
+    def balances(self) -> dict[str, int]:
+        keys = list(self._client.scan_iter(f"{redis_keys.BALANCE_PREFIX}*"))
+        cut = len(redis_keys.BALANCE_PREFIX) + 1
+        return {key.decode()[cut:-1]: int(self._client.hget(key, "balance_us") or 0) for key in keys}
+
+    def entries(self) -> list[OutboxEntry]:
+        return [parse_entry(fields) for _, fields in self._client.xrange(redis_keys.LEDGER_STREAM)]
+
+    def live_cells(self) -> set[str]:
+        cells = {cell.decode() for cell in self._client.zrange(redis_keys.LIVE_CELLS, 0, -1)}
+        cut = len(redis_keys.CELL_PREFIX)
+        assert cells == {key.decode()[cut:] for key in self._client.scan_iter(f"{redis_keys.CELL_PREFIX}*")}
+        return cells
+
+    def set_epoch(self, epoch: int) -> None:
+        self._client.set(redis_keys.EPOCH, epoch)
+
+
+@pytest.fixture(params=["memory", "redis"])
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """Each book in turn, empty."""
+    if request.param == "memory":
+        yield MemoryBench()
+    else:
+        yield RedisBench(request.getfixturevalue("redis_client"))
+
+
+def cell(
+    amounts: dict[str, int], revision: int = 1, start_ms: int = START_MS, room: str = "r-1"
+) -> CellPosting:
+    return CellPosting(f"room/{room}@{start_ms}", start_ms, revision, amounts, "v1")
+
+
+def emission(*cells: CellPosting, ending: Ending | None = None) -> Emission:
+    return Emission("room/r-1", list(cells), ending, [])
+
+
+def post(bench: Bench, *cells: CellPosting) -> list[Answer]:
+    return bench.book.post([emission(*cells)])[0]
+
+
+def nonzero(balances: dict[str, int]) -> dict[str, int]:
+    return {account: amount for account, amount in balances.items() if amount}
+
+
+def lines_of(bench: Bench) -> list[LedgerLine]:
+    return [line for entry in bench.entries() for line in entry.lines]
+
+
+def assert_chains_are_whole(lines: list[LedgerLine], balances: dict[str, int]) -> None:
+    """Each account's lines count from 1, each begins where the last one ended, and the last is the balance."""
+    ends: dict[str, tuple[int, int]] = {}
+    for line in lines:
+        seq, balance_us = ends.get(line.account, (0, 0))
+        assert line.seq == seq + 1
+        assert line.balance_before_us == balance_us
+        assert line.balance_after_us == line.balance_before_us + line.change_us
+        ends[line.account] = (line.seq, line.balance_after_us)
+    assert {account: balance for account, (_, balance) in ends.items() if balance} == nonzero(balances)
+
+
+def test_a_posting_moves_every_account_and_revenue_by_the_rest(bench: Bench) -> None:
+    """The sum over all accounts is zero."""
+    assert post(bench, cell({"user/u-1": -70, "user/u-2": -71, "node/n-1": 40})) == [Answer.POSTED]
+    assert nonzero(bench.balances()) == {
+        "user/u-1": -70,
+        "user/u-2": -71,
+        "node/n-1": 40,
+        "platform/revenue": 101,
+    }
+
+
+def test_a_higher_revision_posts_the_difference(bench: Bench) -> None:
+    """Also for an account that left the split: it goes back to zero."""
+    post(bench, cell({"user/u-1": -70, "user/u-2": -70}))
+    assert post(bench, cell({"user/u-1": -90, "user/u-3": -50}, revision=5)) == [Answer.POSTED]
+    assert nonzero(bench.balances()) == {"user/u-1": -90, "user/u-3": -50, "platform/revenue": 140}
+    assert_chains_are_whole(lines_of(bench), bench.balances())
+
+
+def test_an_older_revision_and_an_equal_one_with_another_vector_are_older(bench: Bench) -> None:
+    """An equal revision with the equal vector is posted, to no effect."""
+    post(bench, cell({"user/u-1": -70}, revision=5))
+    before = len(bench.entries())
+    assert post(bench, cell({"user/u-1": -60}, revision=4)) == [Answer.OLDER]
+    assert post(bench, cell({"user/u-1": -60}, revision=5)) == [Answer.OLDER]
+    assert post(bench, cell({"user/u-1": -70}, revision=5)) == [Answer.POSTED]
+    assert len(bench.entries()) == before
+    assert bench.balances()["user/u-1"] == -70
+
+
+def test_a_repeat_of_a_call_whose_answer_was_lost_posts_nothing(bench: Bench) -> None:
+    """The same emission again is answered POSTED and appends nothing."""
+    post(bench, cell({"user/u-1": -70}), cell({"user/u-1": -5}, start_ms=START_MS + 60_000))
+    before = len(bench.entries())
+    again = post(bench, cell({"user/u-1": -70}), cell({"user/u-1": -5}, start_ms=START_MS + 60_000))
+    assert again == [Answer.POSTED, Answer.POSTED]
+    assert len(bench.entries()) == before
+
+
+def test_windows_before_the_fence_are_frozen_and_forgotten(bench: Bench) -> None:
+    """One that starts just before the fence is frozen, one that starts at it is not; the fence never falls."""
+    post(bench, cell({"user/u-1": -70}), cell({"user/u-1": -5}, start_ms=START_MS + 60_000))
+    assert bench.book.raise_fence(START_MS + 60_000) == START_MS + 60_000
+    assert bench.book.raise_fence(START_MS) == START_MS + 60_000
+    assert bench.live_cells() == {f"room/r-1@{START_MS + 60_000}"}
+    assert post(bench, cell({"user/u-1": -99}, revision=9)) == [Answer.FROZEN]
+    assert post(bench, cell({"user/u-1": -6}, 2, START_MS + 60_000)) == [Answer.POSTED]
+    assert bench.balances()["user/u-1"] == -76
+    moves = [move.frozen_before_ms for entry in bench.entries() for move in entry.fence_moves]
+    assert moves == [START_MS + 60_000]
+
+
+def test_one_call_is_one_entry_with_all_its_lines(bench: Bench) -> None:
+    """Lines, in their order, with before and after; and the ending of the scope."""
+    ending = Ending(SettlementReason.ENDED, START_MS, START_MS + 9, 3)
+    bench.book.post([emission(cell({"user/u-1": -70, "node/n-1": 20}), ending=ending)])
+    (entry,) = bench.entries()
+    told = [(line.account, line.change_us, line.balance_after_us, line.reason) for line in entry.lines]
+    assert told == [
+        ("user/u-1", -70, -70, "charge"),
+        ("node/n-1", 20, 20, "credit"),
+        ("platform/revenue", 50, 50, "revenue"),
+    ]
+    line = entry.lines[0]
+    assert (line.cell_id, line.revision, line.room_id, line.session_id, line.rate_version) == (
+        f"room/r-1@{START_MS}", 1, "r-1", "", "v1",
+    )  # fmt: skip
+    (settlement,) = entry.settlements
+    assert (settlement.scope, settlement.reason, settlement.last_event_ms) == (
+        "room/r-1",
+        "ended",
+        START_MS + 9,
+    )
+
+
+def test_a_cell_over_the_limit_is_refused_alone(bench: Bench) -> None:
+    """The others of the same call are posted."""
+    answers = post(
+        bench,
+        cell({"user/u-1": -MAX_AMOUNT_US - 1}),
+        cell({"user/u-2": -MAX_AMOUNT_US}, room="r-2"),
+    )
+    assert answers == [Answer.OVER_LIMIT, Answer.POSTED]
+    assert nonzero(bench.balances()) == {"user/u-2": -MAX_AMOUNT_US, "platform/revenue": MAX_AMOUNT_US}
+
+
+def test_balances_beyond_what_a_double_holds_stay_exact(bench: Bench) -> None:
+    """Revenue of many cells passes 2**53 and counts on by single microseconds."""
+    for number in range(60):
+        post(bench, cell({"user/u-1": -(MAX_AMOUNT_US - number)}, room=f"r-{number}"))
+    total = 60 * MAX_AMOUNT_US - sum(range(60))
+    assert total > 2**57
+    assert bench.balances() == {"user/u-1": -total, "platform/revenue": total}
+    assert_chains_are_whole(lines_of(bench), bench.balances())
+
+
+def test_another_epoch_is_refused_and_nothing_is_done(bench: Bench) -> None:
+    """An empty or rolled-back Redis cannot pass for the real one."""
+    bench.set_epoch(2)
+    with pytest.raises(WrongRedis, match="EPOCH expected 1, found 2"):
+        post(bench, cell({"user/u-1": -70}))
+    with pytest.raises(WrongRedis):
+        bench.book.raise_fence(START_MS)
+    with pytest.raises(WrongRedis):
+        bench.book.apply_command(top_up("q-1", 5))
+    assert bench.balances() == {}
+    assert bench.entries() == []
+
+
+def top_up(request_id: str, amount_us: int, account: str = "user/u-1") -> Command:
+    return Command(
+        CommandKind.TOP_UP, account, amount_us, request_id, "card", "user/u-1", None, "web", "c", 0
+    )
+
+
+def write_off(request_id: str, amount_us: int) -> Command:
+    kind = CommandKind.WRITE_OFF
+    return Command(kind, "user/u-1", amount_us, request_id, "debt", "system", "node/n-1", "web", "c", 0)
+
+
+def test_a_command_is_carried_out_once(bench: Bench) -> None:
+    """The same request with the same body answers with the first result, with another body it is a conflict."""
+    first = bench.book.apply_command(top_up("q-1", 500))
+    assert first == (CommandOutcome.APPLIED, 500, 500)
+    bench.book.apply_command(top_up("q-2", 7))
+    assert bench.book.apply_command(top_up("q-1", 500)) == (CommandOutcome.REPLAYED, 500, 500)
+    assert bench.book.apply_command(top_up("q-1", 501)) == (CommandOutcome.CONFLICT, 500, 500)
+    assert bench.balances() == {"user/u-1": 507, "platform/top_ups": -507}
+    line = lines_of(bench)[0]
+    assert (line.request_id, line.reason, line.actor, line.note) == ("q-1", "top_up", "user/u-1", "card")
+
+
+def test_a_write_off_is_clamped_to_debt_and_credit(bench: Bench) -> None:
+    """Never more than the debt, never more than the credit; without either it moves nothing, once and for all."""
+    assert bench.book.apply_command(write_off("w-0", 99)) == (CommandOutcome.APPLIED, 0, 0)
+    post(bench, cell({"user/u-1": -70, "node/n-1": 40}))
+    assert bench.book.apply_command(write_off("w-1", 30)) == (CommandOutcome.APPLIED, 30, -40)
+    assert bench.book.apply_command(write_off("w-2", 30)) == (CommandOutcome.APPLIED, 10, -30)
+    assert bench.book.apply_command(write_off("w-2", 30)) == (CommandOutcome.REPLAYED, 10, -30)
+    assert bench.book.apply_command(write_off("w-0", 99)) == (CommandOutcome.REPLAYED, 0, 0)
+    assert nonzero(bench.balances()) == {"user/u-1": -30, "platform/revenue": 30}
+    assert_chains_are_whole(lines_of(bench), bench.balances())
+
+
+accounts = st.sampled_from(["user/u-1", "user/u-2", "user/u-3", "node/n-1"])
+vectors = st.dictionaries(accounts, st.integers(-(10**16), 10**16), max_size=4)
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("post"), st.integers(0, 2), st.integers(1, 6), vectors),
+        st.tuples(st.just("fence"), st.integers(0, 3)),
+        st.tuples(st.just("top_up"), st.integers(0, 3), st.integers(1, MAX_AMOUNT_US)),
+        st.tuples(st.just("write_off"), st.integers(4, 6), st.integers(1, MAX_AMOUNT_US)),
+    ),
+    max_size=12,
+)
+
+
+@given(script=operations)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_redis_and_its_twin_agree_on_everything(script: list[tuple], redis_client: redis.Redis) -> None:
+    """Any sequence of calls gives the same answers, balances, lines and live cells."""
+    twins: tuple[Bench, Bench] = (MemoryBench(), RedisBench(redis_client))
+    for operation in script:
+        first, second = (_carry_out(twin, operation) for twin in twins)
+        assert first == second
+    memory, server = twins
+    assert nonzero(memory.balances()) == nonzero(server.balances())
+    assert memory.live_cells() == server.live_cells()
+    told = [[line.model_dump(exclude={"posted_at_ms"}) for line in lines_of(twin)] for twin in twins]
+    assert told[0] == told[1]
+    assert_chains_are_whole(lines_of(server), server.balances())
+
+
+def _carry_out(twin: Bench, operation: tuple) -> object:
+    name, *arguments = operation
+    if name == "post":
+        window, revision, vector = arguments
+        return post(twin, cell(vector, revision, START_MS + window * 60_000))
+    if name == "fence":
+        return twin.book.raise_fence(START_MS + arguments[0] * 60_000)
+    request, amount = arguments
+    command = top_up(f"q-{request}", amount) if name == "top_up" else write_off(f"q-{request}", amount)
+    return twin.book.apply_command(command)
