@@ -30,7 +30,7 @@ check: $(STAMP)  ## formatting, lint, types, the direction of imports, and wheth
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m schemas.export --check
+	$(BIN)/pytest tests/unit/test_export.py
 
 bench: $(STAMP)  ## throughput and latency, on this machine
 	$(BIN)/python -m bench

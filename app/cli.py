@@ -8,7 +8,6 @@ that `metering settle` does not wait for Kafka's client.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -36,10 +35,6 @@ def main() -> None:
     logging.getLogger("clickhouse_connect").addHandler(logging.NullHandler())
     try:
         app()
-    except BrokenPipeError:
-        # Whoever read the output has enough (`metering settle ... | head`); Python must not complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
     except Exception as problem:
         _fail_clearly(problem)
 

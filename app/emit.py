@@ -20,7 +20,7 @@ from schemas.decode import decode_event
 from schemas.rejections import Rejected
 from sinks.kafka import DELIVERY_TIMEOUT_MS, producer_settings
 
-CONNECT_TIMEOUT_S = 8.0
+CONNECT_TIMEOUT_S = 5.0
 _IDLE_POLL_S = 0.05
 
 
@@ -103,11 +103,13 @@ class Emitter:
         try:
             metadata = self._producer.list_topics(timeout=CONNECT_TIMEOUT_S)
         except KafkaException as problem:
+            # What went wrong with the connection is told by a callback.
+            self._producer.poll(0)
             why = self._last_error or _words(problem.args[0])
-            raise CommandError(f"no Kafka broker answers at {self._bootstrap}: {why}") from None
+            raise CommandError(f"METERING_KAFKA={self._bootstrap}: no broker answers: {why}") from None
         if self._topic not in metadata.topics:
             raise CommandError(
-                f"Kafka at {self._bootstrap} has no topic {self._topic}; `metering migrate` makes the topics"
+                f"METERING_KAFKA={self._bootstrap}: has no topic {self._topic}; `metering migrate` makes the topics"
             )
         self._started_s = time.monotonic()
         return self

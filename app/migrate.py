@@ -12,6 +12,7 @@ Laws:
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,12 @@ MIGRATIONS = Path(__file__).resolve().parent.parent / "schemas" / "clickhouse"
 OLDEST_CLICKHOUSE = "26.5"
 """The first version that has every setting which the views rely on to keep FINAL whole across partitions."""
 
-KAFKA_TIMEOUT_S = 30.0
+KAFKA_TIMEOUT_S = 10.0
+
+# Kafka's client would report every failed attempt to connect on stderr; what counts comes as an exception.
+_SILENT = logging.getLogger("metering.migrate.kafka")
+_SILENT.addHandler(logging.NullHandler())
+_SILENT.propagate = False
 
 _FILE_NAME = re.compile(r"(?P<version>[0-9]{4})_(?P<name>[a-z0-9_]+)\.sql")
 
@@ -196,7 +202,7 @@ def create_topics(
     With `broker_append_time` a topic is made with, and must have, LogAppendTime. Blocks for up to `timeout_s`
     a request; raises MigrationError; a crash leaves some topics made, which the next run then checks.
     """
-    admin = AdminClient({"bootstrap.servers": bootstrap, "socket.timeout.ms": int(timeout_s * 1000)})
+    admin = AdminClient({"bootstrap.servers": bootstrap}, logger=_SILENT)
     existing = _topic_partitions(admin, bootstrap, timeout_s)
     missing = [name for name in topics if name not in existing]
     append_time = {TIMESTAMP_TYPE: "LogAppendTime"} if broker_append_time else {}

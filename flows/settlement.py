@@ -151,6 +151,11 @@ class SettleScope(StatefulBatchLogic[list[Located], Outgoing, bytes]):
         assert live is not None, "woken before the first event"
         return self._emit(self._listen(live.scope), self._desk.now_ms(), [])
 
+    def on_eof(self) -> tuple[Iterable[Outgoing], bool]:
+        """A bounded input (a test's) is over: there is nothing more to wait for."""
+        self._last_emission_ms = 0
+        return self.on_notify()
+
     def _listen(self, scope: str) -> LiveScope:
         if self._live is None:
             self._live = LiveScope(scope, self._rules.card, presence_max_ms=self._rules.presence_max_ms)

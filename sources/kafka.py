@@ -188,15 +188,16 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
                 "or METERING_BROKER_APPEND_TIME=false if the broker cannot"
             )
         now_ms = 0 if self._broker_append_time else self._now_ms()
+        with_headers = self._with_headers
         batch = [
             RawMessage(
                 topic,
                 partition,
-                message.offset(),
+                message.offset() or 0,
                 message.key(),
                 message.value(),
-                now_ms or message.timestamp()[1],  # type: ignore[arg-type] # Kafka 4 stamps every message.
-                _headers(message) if self._with_headers else None,
+                now_ms or message.timestamp()[1],
+                _headers(message) if with_headers else None,
             )
             for message in messages
         ]

@@ -1,110 +1,16 @@
-"""One `metering up` for all end-to-end tests, driven through the command line and Kafka alone."""
+"""One `metering up` for the end-to-end tests that only add to it."""
 
 from __future__ import annotations
 
-import json
-import os
-import select
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
-from app import proof
-from app.clients import clickhouse_client, redis_client
-from metering.settle import settle_lines
-from schemas.rate_card import load_rate_card
-from schemas.settings import Settings
-from tests.support.commands import clean_environment, metering
-
-BROKERS = {"": "tansu", "tansu": "tansu", "apache": "apache"}
-START_DEADLINE_S = 120.0
-
-
-@dataclass
-class World:
-    """Running services, and everything that was ever sent to them, so that tests may follow in any order."""
-
-    addresses: dict[str, str]
-    has_append_time: bool
-    messages: list[bytes] = field(default_factory=list)
-    top_ups_us: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """For commands that shall talk to this world."""
-        return clean_environment(**self.addresses, broker_append_time=str(self.has_append_time).lower())
-
-    @property
-    def settings(self) -> Settings:
-        """For clients that shall talk to this world."""
-        return Settings(
-            kafka=self.addresses["kafka"],
-            redis=self.addresses["redis"],
-            clickhouse=self.addresses["clickhouse"],
-            broker_append_time=self.has_append_time,
-        )
-
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-        """Run a command against this world; fails the test unless it succeeds."""
-        done = metering(*arguments, environment=self.environment)
-        assert done.returncode == 0, done.stderr.decode()
-        return done
-
-    def emit(self, path: Path, *options: str) -> subprocess.CompletedProcess[bytes]:
-        """Send a file of messages and remember them."""
-        done = self.run("emit", str(path), *options)
-        self.messages += path.read_bytes().split(b"\n")
-        return done
-
-    def top_up(self, account: str, minutes: int, *options: str) -> None:
-        """Give minutes and remember it."""
-        self.run("topup", account, str(minutes), *options)
-        self.top_ups_us[account] = self.top_ups_us.get(account, 0) + minutes * 60_000_000
-
-    def disagreements(self, timeout_s: float = 60.0) -> list[str]:
-        """What Redis, ledger and the pure settlement of all messages do not agree on, given time to."""
-        settled, _ = settle_lines(self.messages, load_rate_card(None))
-        expected = proof.expected_balances(settled, self.top_ups_us)
-        live, archive = redis_client(self.settings), clickhouse_client(self.settings)
-        deadline_s = time.monotonic() + timeout_s
-        while True:
-            ledger = proof.ledger_balances(archive, self.settings.clickhouse_database)
-            found = proof.disagreements(expected, proof.live_balances(live), ledger)
-            if not found or time.monotonic() > deadline_s:
-                return found
-            time.sleep(0.2)
+from tests.support.world import World, running_world
 
 
 @pytest.fixture(scope="package")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Everything that `metering up` runs, on the broker that METERING_TEST_BROKER names."""
-    broker = BROKERS[os.environ.get("METERING_TEST_BROKER", "")]
-    directory = tmp_path_factory.mktemp("up")
-    log = directory / "up.log"
-    with log.open("wb") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "app", "up", "--dir", str(directory / "data"), "--broker", broker],
-            env=clean_environment(),
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        )
-    assert process.stdout is not None
-    try:
-        readable, _, _ = select.select([process.stdout], [], [], START_DEADLINE_S)
-        line = process.stdout.readline() if readable else b""
-        assert line, f"metering up did not start: {log.read_text()}"
-        yield World(json.loads(line), has_append_time=broker == "apache")
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            code = process.wait(60)
-        finally:
-            process.kill()
-            process.wait()
-    assert code == 0, log.read_text()
+    """Everything that `metering up` runs; tests may follow in any order."""
+    with running_world(tmp_path_factory.mktemp("up")) as started:
+        yield started

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from metering.settle import settle_lines
 from schemas.rate_card import load_rate_card
-from tests.e2e.conftest import World
 from tests.support.commands import metering, one_line
+from tests.support.world import World
 
 
 def _generate(path: Path, *options: str) -> Path:

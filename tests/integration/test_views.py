@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
@@ -36,6 +35,7 @@ from tests.support.archive import (
     settlement,
     usage_row,
 )
+from tests.support.services import Services
 
 DATABASE = "views"
 WORKLOAD = "workload"
@@ -51,16 +51,9 @@ HOSTILE_SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An embedded ClickHouse server."""
-    with archive.clickhouse_server(tmp_path_factory.mktemp("views")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def migrated(url: str) -> Client:
+def migrated(services: Services) -> Client:
     """A client of a migrated database."""
-    client = archive.connect(url, DATABASE)
+    client = archive.connect(services.clickhouse, DATABASE)
     run_migrations(client, DATABASE)
     return client
 
@@ -128,9 +121,9 @@ class Books:
 
 
 @pytest.fixture(scope="module")
-def books(url: str) -> Books:
+def books(services: Services) -> Books:
     """Sessions and rooms with repeats, disorder and junk, stored out of order, posted in two steps."""
-    client = archive.connect(url, WORKLOAD)
+    client = archive.connect(services.clickhouse, WORKLOAD)
     run_migrations(client, WORKLOAD)
     spec = workload.WorkloadSpec(
         seed=7,

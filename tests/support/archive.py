@@ -15,6 +15,7 @@ from schemas.events import Lifecycle, LifecycleKind, Usage
 from schemas.records import DeadLetter, FenceMove, LedgerLine, SettlementRecord
 from schemas.rows import LifecycleRow, UsageRow
 from schemas.settings import Settings
+from tests.support.services import running_service
 
 TABLES = ("usage_events", "lifecycle_events", "ledger", "settlements", "fence_moves", "dead_letters")
 NOON_MS = 1_767_268_800_000
@@ -23,13 +24,10 @@ NOON_MS = 1_767_268_800_000
 
 @contextmanager
 def clickhouse_server(directory: Path, port: int | None = None) -> Iterator[str]:
-    """The embedded server on a loopback port, with its data in `directory`; yields its URL."""
+    """An embedded server of one's own, with its data in `directory`; yields its URL."""
     service = clickhouse.service(directory / "clickhouse", port or process.free_port())
-    running = process.start(service, directory / "clickhouse.log")
-    try:
+    with running_service(service, directory / "clickhouse.log"):
         yield f"http://{process.LOOPBACK}:{service.port}"
-    finally:
-        process.stop(running, service.stop_deadline_s)
 
 
 def connect(url: str, database: str) -> Client:

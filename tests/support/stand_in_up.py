@@ -1,4 +1,4 @@
-"""`metering up` with stand-ins for flows and preparations: `python -m tests.support.stand_in_up DIR [options]`.
+"""`metering up` with stand-ins for the flows and the preparations, as a program.
 
 Each preparation adds its name to `DIR/hooks.log`, and with it which readers were running at that time.
 """

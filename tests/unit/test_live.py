@@ -49,7 +49,7 @@ def events(draw: st.DrawFn) -> list[Event]:
                     nmt=stages[1],
                     tts=stages[2],
                     gpu=gpu,
-                )  # fmt: skip
+                )
             )
         else:
             kind = draw(st.sampled_from([JOINED, JOINED, LEFT, CLOSED]))
