@@ -23,7 +23,7 @@ test: $(STAMP)   ## the whole test suite, on embedded services
 	$(BIN)/pytest
 
 test-kafka: $(STAMP) ## the integration and end-to-end tests on Apache Kafka (needs Java, fetches Kafka)
-	METERING_TEST_BROKER=apache $(BIN)/pytest tests/integration tests/e2e
+	METERING_TEST_BROKER=apache $(BIN)/pytest tests/integration tests/e2e tests/apache
 
 check: $(STAMP)  ## formatting, lint, types, the direction of imports, and whether the exported schemas are current
 	$(BIN)/ruff format --check .

@@ -77,19 +77,27 @@ class Emitter:
 
     Entering raises CommandError within about CONNECT_TIMEOUT_S when the broker is not there or lacks the
     topic. `send` blocks only while the producer's queue is full. Leaving waits for every delivery; retries
-    are the producer's own, idempotent, for DELIVERY_TIMEOUT_MS.
+    are the producer's own, idempotent, for `delivery_timeout_ms`.
     """
 
-    def __init__(self, bootstrap: str, topic: str, on_delivered: Callable[[int], None] | None = None) -> None:
+    def __init__(
+        self,
+        bootstrap: str,
+        topic: str,
+        on_delivered: Callable[[int], None] | None = None,
+        delivery_timeout_ms: int = DELIVERY_TIMEOUT_MS,
+    ) -> None:
         self.summary = EmitSummary()
         self._bootstrap = bootstrap
         self._topic = topic
         self._on_delivered = on_delivered
+        self._delivery_timeout_ms = delivery_timeout_ms
         self._last_error = ""
         self._started_s = 0.0
         self._producer = Producer(
             {
                 **producer_settings(bootstrap),
+                "message.timeout.ms": delivery_timeout_ms,
                 "client.id": "metering-emit",
                 # Batches matter more than the first milliseconds here.
                 "linger.ms": 20,
@@ -138,7 +146,7 @@ class Emitter:
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
-            self._producer.flush(DELIVERY_TIMEOUT_MS / 1000 + 5)
+            self._producer.flush(self._delivery_timeout_ms / 1000 + 5)
         self.summary.seconds = time.monotonic() - self._started_s
 
     def _delivered(self, error: KafkaError | None, message: Message) -> None:

@@ -76,11 +76,14 @@ def ledger_balances(client: Client, database: str) -> dict[str, LedgerBalance]:
 def disagreements(
     expected: Mapping[str, int], live: Mapping[str, int], ledger: Mapping[str, LedgerBalance]
 ) -> list[str]:
-    """One line for every account on which the three do not agree; none when the books are right.
+    """One line for every account on which the three do not agree, and one if the live balances do not sum to
+    zero; none when the books are right.
 
     An account with nothing but zeros may be missing anywhere: a posting of zero is none.
     """
     lines = []
+    if sum(live.values()):
+        lines.append(f"the live balances sum to {sum(live.values())} us, not to zero")
     for account in sorted(expected.keys() | live.keys() | ledger.keys()):
         entry = ledger.get(account, LedgerBalance(0, 0, 0, 0, 0))
         amounts = (expected.get(account, 0), live.get(account, 0), entry.balance_us)

@@ -165,6 +165,8 @@ class _Child:
     stop_deadline_s: float
     stop_signal: signal.Signals = signal.SIGTERM
     ready_file: Path | None = None
+    recovery_store: Path | None = None
+    """Made before each start: adopting another log puts the old one aside."""
     process: Popen[bytes] | None = None
     started_at: float = 0.0
     failures: int = 0
@@ -307,9 +309,10 @@ class Supervisor:
             self._pause(0.05)
 
     def _child_of(self, flow: Flow) -> _Child:
-        argv = flow.argv
+        argv, recovery_store = flow.argv, None
         if flow.needs_recovery:
-            argv = (*argv, "-r", str(self._directory / "recovery" / flow.name))
+            recovery_store = self._directory / "recovery" / flow.name
+            argv = (*argv, "-r", str(recovery_store))
         ready_file = self._directory / "ready" / flow.name
         return _Child(
             flow.name,
@@ -318,6 +321,7 @@ class Supervisor:
             self._fresh_log(flow.name),
             flow.stop_deadline_s,
             ready_file=ready_file,
+            recovery_store=recovery_store,
         )
 
     def _addresses(self, flow: Flow) -> dict[str, str]:
@@ -367,8 +371,8 @@ class Supervisor:
     def _spawn(self, child: _Child) -> None:
         if child.ready_file is not None:
             child.ready_file.unlink(missing_ok=True)
-        if "-r" in child.argv:
-            _make_recovery_store(Path(child.argv[child.argv.index("-r") + 1]))
+        if child.recovery_store is not None:
+            make_recovery_store(child.recovery_store)
         child.ready = False
         child.start_at = None
         child.started_at = time.monotonic()
@@ -560,7 +564,7 @@ def _choose_ports(file: Path) -> dict[str, int]:
     return ports
 
 
-def _make_recovery_store(path: Path) -> None:
+def make_recovery_store(path: Path) -> None:
     """A Bytewax recovery store of one partition, unless it is there; a kill leaves all of it or nothing."""
     if path.exists():
         return

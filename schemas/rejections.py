@@ -21,7 +21,7 @@ class RejectReason(StrEnum):
     WRONG_TYPE = "wrong_type"
     """A field has another JSON type than its schema says, or is an empty string."""
     BAD_ID = "bad_id"
-    """An id has a character or a length that could break a key, or `source` or `id` is too long."""
+    """An id has a character or a length that could break a key, or a text such as `source` is too long."""
     OUT_OF_RANGE = "out_of_range"
     """A number is outside its range."""
     GPU_EXCEEDS_STAGES = "gpu_exceeds_stages"

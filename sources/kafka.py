@@ -35,7 +35,11 @@ from confluent_kafka.admin import AdminClient
 from schemas.messages import RawMessage
 from telemetry import metrics
 
-POLL_PAUSE = timedelta(milliseconds=10)
+SHORT_PAUSE = timedelta(milliseconds=5)
+LONG_PAUSE = timedelta(milliseconds=50)
+BUSY_FOR = timedelta(seconds=1)
+"""An empty partition is asked again after a short pause while messages came lately, else after a long one: a
+stream's latency stays low, and idle partitions cost next to nothing."""
 BATCH_MESSAGES = 5_000
 ROUND_TRIP_S = 10.0
 COMMITTED_AFTER_SNAPSHOTS = 2
@@ -155,6 +159,7 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
         self._on_missing_head = on_missing_head
         self._last_appended_at_ms = 0
         self._awake_at: datetime | None = None
+        self._busy_until = datetime.now(UTC)
         self._snapshots: deque[Committed] = deque(maxlen=COMMITTED_AFTER_SNAPSHOTS + 1)
         labels = (self._topic, str(self._partition))
         self._lag_events = metrics.LAG_EVENTS.labels(*labels)
@@ -167,10 +172,7 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
             raise self._progress.failure
         polled = self._consumer.consume(num_messages=BATCH_MESSAGES, timeout=0)
         messages = [message for message in polled if self._is_message(message)]
-        pause = self._linger if self._linger else (None if messages else POLL_PAUSE)
-        if len(polled) == BATCH_MESSAGES:
-            pause = None
-        self._awake_at = None if pause is None else datetime.now(UTC) + pause
+        self._awake_at = self._next_poll(full=len(polled) == BATCH_MESSAGES, empty=not messages)
         if not messages:
             return []
         batch = self._take(messages)
@@ -179,6 +181,18 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
             if batch[0].offset > 0:
                 tell(self._topic, batch[0].offset, batch[0].appended_at_ms)
         return [batch]
+
+    def _next_poll(self, *, full: bool, empty: bool) -> datetime | None:
+        if full:
+            return None
+        now = datetime.now(UTC)
+        if not empty:
+            self._busy_until = now + BUSY_FOR
+        if self._linger:
+            return now + self._linger
+        if not empty:
+            return None
+        return now + (SHORT_PAUSE if now < self._busy_until else LONG_PAUSE)
 
     def _take(self, messages: list[Message]) -> list[RawMessage]:
         topic, partition = self._topic, self._partition

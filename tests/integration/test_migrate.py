@@ -154,7 +154,7 @@ def test_a_redis_that_lost_its_epoch_is_refused(
 ) -> None:
     """Any key of ours without the epoch means that part of it is gone."""
     redis_client.set(key, 1)
-    with pytest.raises(MigrationError, match="but no epoch .*rebuild-balances") as caught:
+    with pytest.raises(MigrationError, match=r"but no epoch .*rebuild-balances") as caught:
         initialise_redis(redis_client, archived, DATABASE)
     assert key in str(caught.value)
     assert redis_client.get(redis_keys.EPOCH) is None
@@ -203,7 +203,7 @@ def test_a_redis_that_is_not_there_is_one_line(settings: Settings, archived: Cli
     nobody = settings.model_copy(update={"redis": f"redis://127.0.0.1:{process.free_port()}/0"})
     with (
         app.clients.redis_client(nobody) as client,
-        pytest.raises(MigrationError, match="Redis: .*refused") as caught,
+        pytest.raises(MigrationError, match=r"Redis: .*refused") as caught,
     ):
         initialise_redis(client, archived, DATABASE)
     assert "\n" not in str(caught.value)

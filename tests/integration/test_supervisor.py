@@ -167,7 +167,7 @@ def test_a_directory_has_one_supervisor(start: Callable[..., Up]) -> None:
     up.wait_ready()
     already_said = up.said()
     second = start()
-    assert second.process.wait(30) == 2
+    assert second.process.wait(60) == 2
     line = up.said().removeprefix(already_said)
     assert line == f"metering: {up.directory} is in use by process {up.process.pid}\n"
     assert up.process.poll() is None
@@ -178,7 +178,7 @@ def test_a_flow_that_cannot_start_ends_it_all(start: Callable[..., Up]) -> None:
     up = start("--behaviour", "broken")
     assert up.process.stdout is not None
     assert up.process.stdout.read() == ""
-    assert up.process.wait(30) == 1
+    assert up.process.wait(60) == 1
     last = up.said().splitlines()[-1]
     assert last == "metering: other does not start (exit code 1): other: the rate card is upside down"
     assert leftovers(up.directory) == []

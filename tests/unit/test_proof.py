@@ -18,7 +18,7 @@ def test_one_microsecond_in_one_place_is_noticed() -> None:
     """Whichever of the three is off, the account is named with all amounts."""
     off = EXPECTED | {"user/u": -8}
     line = "user/u: settle says -7 us, Redis -8 us, the ledger -7 us"
-    assert disagreements(EXPECTED, off, LEDGER) == [line]
+    assert disagreements(EXPECTED, off, LEDGER) == ["the live balances sum to -1 us, not to zero", line]
     assert len(disagreements(off, EXPECTED, LEDGER)) == 1
     ledger = LEDGER | {"user/u": LedgerBalance(-8, -8, 2, 2, 0)}
     assert len(disagreements(EXPECTED, EXPECTED, ledger)) == 1
@@ -27,8 +27,9 @@ def test_one_microsecond_in_one_place_is_noticed() -> None:
 def test_an_account_that_one_of_them_lacks_or_has_too_many_is_noticed() -> None:
     """Missing counts as zero, so only an amount that is really missing differs."""
     without = {account: amount for account, amount in EXPECTED.items() if account != "node/n"}
-    assert len(disagreements(EXPECTED, without, LEDGER)) == 1
-    assert len(disagreements(EXPECTED, EXPECTED | {"user/ghost": 1}, LEDGER)) == 1
+    assert len(disagreements(EXPECTED, without, LEDGER)) == 2
+    ghosts = {"user/ghost": 1, "user/spook": -1}
+    assert len(disagreements(EXPECTED, EXPECTED | ghosts, LEDGER)) == 2
     assert disagreements(EXPECTED | {"user/free": 0}, EXPECTED, LEDGER) == []
 
 

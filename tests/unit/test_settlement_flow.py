@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import defaultdict
 from datetime import timedelta
@@ -143,11 +144,16 @@ def test_an_id_that_says_two_things_is_a_dead_letter_wherever_it_comes() -> None
 
 
 def command(request_id: str, amount_us: int, offset: int) -> RawMessage:
-    value = (
-        '{"specversion":"1.0","id":"c-%d","source":"web","type":"lingua.account.topped_up.v1",'
-        '"time":"2026-01-01T00:00:00Z","data":{"account":"user/u-1","amount_us":%d,"request_id":"%s",'
-        '"reason":"card","actor":"user/u-1"}}' % (offset, amount_us, request_id)
-    )
+    data = {"account": "user/u-1", "amount_us": amount_us, "request_id": request_id}
+    envelope = {
+        "specversion": "1.0",
+        "id": f"c-{offset}",
+        "source": "web",
+        "type": "lingua.account.topped_up.v1",
+        "time": "2026-01-01T00:00:00Z",
+        "data": data | {"reason": "card", "actor": "user/u-1"},
+    }
+    value = json.dumps(envelope)
     return RawMessage("lingua.commands", 0, offset, b"user/u-1", value.encode(), CLOCK_MS)
 
 

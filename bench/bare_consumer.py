@@ -1,0 +1,39 @@
+"""What the client alone can do: read a topic's values to the end, in a process of its own.
+
+Usage: python -m bench.bare_consumer BOOTSTRAP TOPIC PARTITIONS MESSAGES; prints the seconds from the assignment
+to the last message.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from confluent_kafka import Consumer, TopicPartition
+
+
+def main() -> None:
+    """Read, count, and print how long it took."""
+    bootstrap, topic, partitions, messages = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    consumer = Consumer(
+        {
+            "bootstrap.servers": bootstrap,
+            "group.id": "bare",
+            "enable.auto.commit": False,
+            "fetch.wait.max.ms": 20,
+        }
+    )
+    started = time.perf_counter()
+    consumer.assign([TopicPartition(topic, partition, 0) for partition in range(partitions)])
+    read = octets = 0
+    while read < messages:
+        for message in consumer.consume(5_000, 0.1):
+            if message.error() is None:
+                read += 1
+                octets += len(message.value() or b"")
+    print(time.perf_counter() - started, flush=True)
+    consumer.close()
+
+
+if __name__ == "__main__":
+    main()
