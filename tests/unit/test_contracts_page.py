@@ -1,0 +1,72 @@
+"""docs/contracts.md names everything that other programs rely on, and nothing that is not there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from app.cli import app
+from schemas import redis_keys, topics
+from schemas.cloudevents import EVENT_MODELS
+from schemas.commands import COMMAND_MODELS
+from schemas.rejections import RejectReason
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "contracts.md").read_text(encoding="utf-8")
+
+
+def section(heading: str) -> str:
+    """The text from a heading of the second level to the next."""
+    return PAGE.split(f"\n## {heading}", 1)[1].split("\n## ", 1)[0]
+
+
+def first_cells(text: str) -> set[str]:
+    """What stands as code in the first column of the section's tables."""
+    return set(re.findall(r"^\| `([^`]+)`", text, re.MULTILINE))
+
+
+def test_topics() -> None:
+    """Every topic."""
+    assert first_cells(section("Kafka")) == {topics.EVENTS, topics.COMMANDS, topics.DEAD_LETTERS}
+
+
+def test_types_and_reasons() -> None:
+    """Every event and command type with its schema, and every reason of a dead letter."""
+    text = section("Events and commands")
+    types = {*EVENT_MODELS, *COMMAND_MODELS}
+    assert first_cells(text) == types | {reason.value for reason in RejectReason}
+    for name in types:
+        assert f"(../schemas/exported/{name}.json)" in text
+
+
+def test_redis_keys() -> None:
+    """Every key."""
+    keys = {value for name, value in vars(redis_keys).items() if name.isupper() and isinstance(value, str)}
+    prefixes = {redis_keys.BALANCE_PREFIX, redis_keys.CELL_PREFIX, redis_keys.REQUEST_PREFIX}
+    patterns = {
+        redis_keys.balance("<account>"),
+        redis_keys.cell("<cell_id>"),
+        redis_keys.request("<request_id>"),
+    }
+    assert first_cells(section("Redis")) == keys - prefixes | patterns
+
+
+def test_tables_and_views() -> None:
+    """Every table and view that the migrations make, and the record of the migrations."""
+    statements = "".join(file.read_text() for file in sorted((ROOT / "schemas" / "clickhouse").glob("*.sql")))
+    made = set(
+        re.findall(
+            r"^CREATE (?:OR REPLACE )?(?:TABLE|VIEW) (?:IF NOT EXISTS )?\{database\}\.(\w+)",
+            statements,
+            re.MULTILINE,
+        )
+    )
+    assert first_cells(section("ClickHouse")) == made | {"schema_migrations"}
+
+
+def test_commands() -> None:
+    """Every command of the command line."""
+    named = {cell.split()[1] for cell in first_cells(section("Command line"))}
+    assert named == {
+        command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands
+    }
