@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import clickhouse_connect
 import redis
+from clickhouse_connect.driver import options
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import ClickHouseError
 from clickhouse_connect.driver.httputil import get_pool_manager
@@ -35,6 +36,9 @@ def clickhouse_client(settings: Settings) -> Client:
     Connects at once (two small queries) and raises ServerAway when it cannot; the caller decides whether to
     wait. The database need not exist yet. Never tries a request again by itself.
     """
+    # The library imports pandas at the first insert, where it is installed, to see whether it was given one of
+    # its tables: 2 s of CPU in every flow that starts. Telling it that there is none costs nothing.
+    options.pd = options.np = None
     url = urlsplit(settings.clickhouse)
     host = url.hostname or "localhost"
     near = is_loopback(host)

@@ -6,6 +6,7 @@ this module opens nothing. METERING_READY_FILE, when set, is written once a flow
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -181,6 +182,10 @@ def _counted(effect: str) -> Callable[[Exception], None]:
 
 
 def _built(build: Callable[[Settings], Dataflow]) -> Dataflow:
+    # What is imported stays; what comes is mostly freed by counting references, so that looking for cycles in
+    # a large state is worth doing seldom.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     try:
         settings = load_settings()
         if settings.metrics_port:

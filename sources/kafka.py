@@ -40,8 +40,7 @@ LONG_PAUSE = timedelta(milliseconds=50)
 BUSY_FOR = timedelta(seconds=1)
 """An empty partition is asked again after a short pause while messages came lately, else after a long one: a
 stream's latency stays low, and idle partitions cost next to nothing."""
-import os
-BATCH_MESSAGES = int(os.environ.get("BM","5000"))
+BATCH_MESSAGES = 5_000
 ROUND_TRIP_S = 10.0
 COMMITTED_AFTER_SNAPSHOTS = 2
 """A snapshot is surely committed when the second one after it is taken: Bytewax reads the input of an epoch

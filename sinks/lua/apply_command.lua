@@ -10,11 +10,11 @@ local mismatch = epoch_mismatch(ARGV[1])
 if mismatch then return mismatch end
 
 local request = 'request:' .. ARGV[3]
-local stored = redis.call('HMGET', request, 'digest', 'amount_us', 'balance_us')
+local stored = call('HMGET', request, 'digest', 'amount_us', 'balance_us')
 if stored[1] then
   return {stored[1] == ARGV[4] and 'REPLAYED' or 'CONFLICT', stored[2], stored[3]}
 end
-if redis.call('XLEN', 'ledger') >= tonumber(ARGV[2]) then return 'FULL' end
+if call('XLEN', 'ledger') >= tonumber(ARGV[2]) then return 'FULL' end
 
 local kind, account, counter, amount = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 local state, counter_state = account_state(account), account_state(counter)
@@ -23,7 +23,7 @@ if kind == 'write_off' then
   -- The amount is a maximum: never more than the debt, never more than the node has.
   local most = math.min(tonumber(amount), -tonumber(state.balance), tonumber(counter_state.balance))
   -- Amounts are bounded well below 2^53, so the smallest of the three is exact whenever it is not the amount.
-  amount = most > 0 and string.format('%.0f', most) or '0'
+  amount = most > 0 and format('%.0f', most) or '0'
 end
 
 local lines = {}
@@ -40,9 +40,9 @@ end
 -- From here on only writes.
 local at = now_ms()
 write_accounts(at)
-redis.call('HSET', request, 'digest', ARGV[4], 'amount_us', amount, 'balance_us', state.balance, 'at_ms', at)
+call('HSET', request, 'digest', ARGV[4], 'amount_us', amount, 'balance_us', state.balance, 'at_ms', at)
 if #lines > 0 then
-  redis.call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'at', at,
+  call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'at', at,
     'command', ARGV[9], 'lines', '[' .. table.concat(lines, ',') .. ']')
 end
 return {'APPLIED', amount, state.balance}

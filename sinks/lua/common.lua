@@ -4,39 +4,41 @@
 -- it wrote. Amounts travel and are stored as decimal strings: Lua numbers are doubles, exact only below 2^53.
 -- A script runs only on the Redis it was meant for (the epoch), and appends at most one entry to the outbox.
 
+local call, format, sub = redis.call, string.format, string.sub
+
 local function epoch_mismatch(expected)
-  local epoch = redis.call('GET', 'epoch')
+  local epoch = call('GET', 'epoch')
   if epoch == expected then return nil end
   return redis.error_reply('EPOCH expected ' .. expected .. ', found ' .. (epoch or 'none'))
 end
 
 local function now_ms()
-  local time = redis.call('TIME')
-  return string.format('%.0f', tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000))
+  local time = call('TIME')
+  return format('%.0f', tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000))
 end
 
 local function negated(amount)
   if amount == '0' then return amount end
-  if string.sub(amount, 1, 1) == '-' then return string.sub(amount, 2) end
+  if sub(amount, 1, 1) == '-' then return sub(amount, 2) end
   return '-' .. amount
 end
 
 -- sign * (high * 1e9 + low) of a decimal string; both parts carry the sign and are exact.
 local function parts(text)
   local sign = 1
-  if string.sub(text, 1, 1) == '-' then
+  if sub(text, 1, 1) == '-' then
     sign = -1
-    text = string.sub(text, 2)
+    text = sub(text, 2)
   end
   local cut = math.max(#text - 9, 0)
-  local high = tonumber(string.sub(text, 1, cut)) or 0
-  return sign * high, sign * tonumber(string.sub(text, cut + 1))
+  local high = tonumber(sub(text, 1, cut)) or 0
+  return sign * high, sign * tonumber(sub(text, cut + 1))
 end
 
 -- The sum of two decimal strings, exact for results of up to 18 digits; nil beyond.
 local function add(left, right)
   if #left <= 15 and #right <= 15 then
-    return string.format('%.0f', tonumber(left) + tonumber(right))
+    return format('%.0f', tonumber(left) + tonumber(right))
   end
   local left_high, left_low = parts(left)
   local right_high, right_low = parts(right)
@@ -53,9 +55,9 @@ local function add(left, right)
   if high >= 1e9 then return nil end
   if high == 0 then
     if low == 0 then return '0' end
-    return string.format('%s%.0f', sign, low)
+    return format('%s%.0f', sign, low)
   end
-  return string.format('%s%.0f%09.0f', sign, high, low)
+  return format('%s%.0f%09.0f', sign, high, low)
 end
 
 -- Accounts touched by this call: read once, written once.
@@ -64,7 +66,7 @@ local accounts = {}
 local function account_state(account)
   local state = accounts[account]
   if not state then
-    local stored = redis.call('HMGET', 'balance:{' .. account .. '}', 'balance_us', 'seq', 'floor_us', 'held_us')
+    local stored = call('HMGET', 'balance:{' .. account .. '}', 'balance_us', 'seq', 'floor_us', 'held_us')
     state = {
       balance = stored[1] or '0',
       seq = tonumber(stored[2] or '0'),
@@ -81,16 +83,16 @@ local function write_accounts(at)
   for account, state in pairs(accounts) do
     if state.changed then
       local key = 'balance:{' .. account .. '}'
-      redis.call('HSET', key, 'balance_us', state.balance, 'seq', string.format('%.0f', state.seq),
+      call('HSET', key, 'balance_us', state.balance, 'seq', format('%.0f', state.seq),
         'updated_at_ms', at)
-      if not state.floor then redis.call('HSET', key, 'floor_us', '-18000000000') end
-      if not state.held then redis.call('HSET', key, 'held_us', '0') end
+      if not state.floor then call('HSET', key, 'floor_us', '-18000000000') end
+      if not state.held then call('HSET', key, 'held_us', '0') end
     end
   end
 end
 
 -- One ledger line as a JSON array. Account names cannot hold a character that JSON escapes.
 local function line(account, state, change, before, reason, reference)
-  return '["' .. account .. '",' .. string.format('%.0f', state.seq) .. ',"' .. change .. '","' .. before
+  return '["' .. account .. '",' .. format('%.0f', state.seq) .. ',"' .. change .. '","' .. before
     .. '","' .. state.balance .. '","' .. reason .. '",' .. reference .. ']'
 end

@@ -8,20 +8,20 @@
 local mismatch = epoch_mismatch(ARGV[1])
 if mismatch then return mismatch end
 
-local fence = redis.call('GET', 'frozen_before_ms') or '0'
+local fence = call('GET', 'frozen_before_ms') or '0'
 local raised = tonumber(ARGV[2]) > tonumber(fence)
 if raised then fence = ARGV[2] end
 local below = '(' .. fence
-local frozen = redis.call('ZRANGEBYSCORE', 'cells', '-inf', below, 'LIMIT', 0, tonumber(ARGV[3]))
+local frozen = call('ZRANGEBYSCORE', 'cells', '-inf', below, 'LIMIT', 0, tonumber(ARGV[3]))
 
 if raised then
-  redis.call('SET', 'frozen_before_ms', fence)
-  redis.call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'at', now_ms(), 'fence', fence)
+  call('SET', 'frozen_before_ms', fence)
+  call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'at', now_ms(), 'fence', fence)
 end
 for _, cell in ipairs(frozen) do
-  redis.call('DEL', 'cell:' .. cell)
+  call('DEL', 'cell:' .. cell)
 end
 if #frozen > 0 then
-  redis.call('ZREM', 'cells', unpack(frozen))
+  call('ZREM', 'cells', unpack(frozen))
 end
-return {fence, redis.call('ZCOUNT', 'cells', '-inf', below)}
+return {fence, call('ZCOUNT', 'cells', '-inf', below)}

@@ -9,9 +9,9 @@
 
 local mismatch = epoch_mismatch(ARGV[1])
 if mismatch then return mismatch end
-if redis.call('XLEN', 'ledger') >= tonumber(ARGV[2]) then return 'FULL' end
+if call('XLEN', 'ledger') >= tonumber(ARGV[2]) then return 'FULL' end
 
-local fence = redis.call('GET', 'frozen_before_ms') or '0'
+local fence = call('GET', 'frozen_before_ms') or '0'
 local frozen_before = tonumber(fence)
 local reply = {fence}
 local records, vectors, metadata, lines = {}, {}, {}, {}
@@ -22,11 +22,11 @@ local function read_record(cell)
   local known = vectors[cell]
   if known then return known end
   known = {revision = -1, amounts = {}}
-  local stored = redis.call('GET', 'cell:' .. cell)
+  local stored = call('GET', 'cell:' .. cell)
   if stored then
     local cut = string.find(stored, '|', 1, true)
-    known.revision = tonumber(string.sub(stored, 1, cut - 1))
-    for account, amount in string.gmatch(string.sub(stored, cut + 1), '([^=;]+)=([^;]+)') do
+    known.revision = tonumber(sub(stored, 1, cut - 1))
+    for account, amount in string.gmatch(sub(stored, cut + 1), '([^=;]+)=([^;]+)') do
       known.amounts[account] = amount
     end
   end
@@ -59,18 +59,18 @@ local function stage(order, old, new)
   for _, account in ipairs(order) do
     local difference = tonumber(new[account] or '0') - tonumber(old[account] or '0')
     if difference ~= 0 then
-      if not change_by(account, string.format('%.0f', difference)) then return false end
+      if not change_by(account, format('%.0f', difference)) then return false end
       rest = rest + difference
     end
   end
-  if rest ~= 0 and not change_by('platform/revenue', string.format('%.0f', -rest)) then return false end
+  if rest ~= 0 and not change_by('platform/revenue', format('%.0f', -rest)) then return false end
   if #staged > 0 then
-    local reference = string.format('%d', #metadata)
+    local reference = format('%d', #metadata)
     for _, change in ipairs(staged) do
       local account, state = change[1], change[2]
       local before = state.balance
       state.balance, state.seq, state.changed = change[4], state.seq + 1, true
-      lines[#lines + 1] = line(account, state, change[3], before, reasons[string.sub(account, 1, 1)], reference)
+      lines[#lines + 1] = line(account, state, change[3], before, reasons[sub(account, 1, 1)], reference)
     end
   end
   return true, #staged > 0
@@ -132,11 +132,11 @@ end
 -- From here on only writes. All of them happen or none: the script is one unit in the append-only file.
 write_accounts(at)
 for cell, record in pairs(records) do
-  redis.call('SET', 'cell:' .. cell, record)
-  redis.call('ZADD', 'cells', live_cells[cell], cell)
+  call('SET', 'cell:' .. cell, record)
+  call('ZADD', 'cells', live_cells[cell], cell)
 end
 if #lines > 0 or #endings > 0 then
-  redis.call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'at', at,
+  call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'at', at,
     'cells', '[' .. table.concat(metadata, ',') .. ']',
     'lines', '[' .. table.concat(lines, ',') .. ']',
     'endings', '[' .. table.concat(endings, ',') .. ']')
