@@ -1,7 +1,6 @@
 """Moves the fence on a timer: a fixed distance behind the committed position of the settlement flow.
 
-The position of a partition is a time before which everything appended has surely been settled (see
-`sources.kafka.Committed`); the fence follows the slowest partition of all workers, which publish theirs in
+The position of a partition is a time before which everything appended has surely been settled; the fence follows the slowest partition of all workers, which publish theirs in
 Redis. So while the broker or the flow is away the fence stands still, and nobody becomes late by that.
 
 It also looks whether the topic is still the same log: an open consumer would not notice.
@@ -92,14 +91,18 @@ class FenceKeeper:
                 self._client.hset(redis_keys.POSITIONS, f"{self._topic}/{partition}", str(position_ms))
 
     def _position_ms(self, consumer: Consumer, partition: int, committed: Committed) -> int:
-        """Zero when there is more than the flow thought when it stood at the end: wait for its next word."""
+        """A time before which everything appended was read; 0 when nothing was read and there is more.
+
+        That the flow stood at the end counts only while the broker has no more than that. Otherwise it is the
+        append time of the last message read: under steady traffic that follows just behind.
+        """
         _, high = consumer.get_watermark_offsets(
             TopicPartition(self._topic, partition), timeout=ROUND_TRIP_S, cached=False
         )
         if high < 0:
             raise KafkaException(f"{self._topic}/{partition}: the broker does not say where the log ends")
-        at_end = committed.next_offset >= high
-        return committed.position_ms if at_end or not committed.at_end else 0
+        at_end_ms = committed.at_end_ms if committed.next_offset >= high else 0
+        return max(at_end_ms, committed.appended_at_ms)
 
     def _move(self) -> None:
         """Raise the fence behind the slowest partition, once all of them have a position."""

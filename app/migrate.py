@@ -345,6 +345,7 @@ def _any_key_of_ours(redis_client: redis.Redis) -> str | None:
         redis_keys.FENCE,
         redis_keys.RATE_VERSIONS,
         redis_keys.POSITIONS,
+        redis_keys.LOG,
     ):
         if redis_client.exists(key):
             return key

@@ -354,7 +354,9 @@ class LiveScope:
             self._note_membership(event)
             if self._is_end(event.kind):
                 self._end_ms = event.time_ms if self._end_ms is None else max(self._end_ms, event.time_ms)
-        self._note_time(event.time_ms)
+        if self._first_event_ms is not None:
+            # Of a scope that is remembered this is news; a forgotten one has ended, and its record knows more.
+            self._note_time(event.time_ms)
         return Outcome.LATE
 
     def _repeat(self, known: bytes, identity: bytes, body: bytes, located: Located) -> Outcome:

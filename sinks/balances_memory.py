@@ -109,11 +109,14 @@ class MemoryBalances:
         digest = command_digest(command)
         known = self._requests.get(command.request_id)
         if known is not None:
-            outcome = CommandOutcome.REPLAYED if known[0] == digest else CommandOutcome.CONFLICT
-            return known[1]._replace(outcome=outcome)
+            if known[0] != digest:
+                return known[1]._replace(outcome=CommandOutcome.CONFLICT)
+            if known[1].outcome is CommandOutcome.APPLIED:
+                return known[1]._replace(outcome=CommandOutcome.REPLAYED)
+            return known[1]
         name, counter = command.account, counter_account(command)
         account, other = self._account(name), self._account(counter)
-        amount_us = command.amount_us
+        amount_us, outcome = command.amount_us, CommandOutcome.APPLIED
         if command.kind is CommandKind.WRITE_OFF:
             amount_us = max(0, min(amount_us, -account.balance_us, other.balance_us))
         if amount_us and (
@@ -121,14 +124,14 @@ class MemoryBalances:
             or abs(account.balance_us + amount_us) >= MAX_BALANCE_US
             or abs(other.balance_us - amount_us) >= MAX_BALANCE_US
         ):
-            return CommandResult(CommandOutcome.OVER_LIMIT, 0, account.balance_us)
+            amount_us, outcome = 0, CommandOutcome.OVER_LIMIT
         if amount_us:
             lines = [
                 [*self._move(name, amount_us), command.kind.value, 0],
                 [*self._move(counter, -amount_us), command.kind.value, 0],
             ]
             self._append({"command": [command.request_id, command.actor, command.reason], "lines": lines})
-        result = CommandResult(CommandOutcome.APPLIED, amount_us, account.balance_us)
+        result = CommandResult(outcome, amount_us, account.balance_us)
         self._requests[command.request_id] = (digest, result)
         return result
 

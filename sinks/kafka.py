@@ -18,6 +18,7 @@ from schemas.records import DeadLetter
 from schemas.rejections import RejectReason
 from schemas.topics import DEAD_LETTERS
 from sinks.retrying import ignore_retry, retrying
+from telemetry import metrics
 
 DELIVERY_TIMEOUT_MS = 20_000
 FETCH_TIMEOUT_S = 10.0
@@ -60,6 +61,8 @@ class KafkaDeadLetters:
         """Returns when every letter is stored; blocks and tries again for as long as it takes."""
         letters = [self._with_bytes(item) if isinstance(item, Displaced) else item for item in refused]
         retrying(lambda: self._send_once(letters), heals=_heals, on_retry=self._on_retry)
+        for letter in letters:
+            metrics.DEAD_LETTERS.labels("settlement", letter.reason).inc()
 
     def _send_once(self, letters: Sequence[DeadLetter]) -> None:
         if self._producer is None:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
 from confluent_kafka import (
@@ -59,23 +59,24 @@ class LogIdentity(NamedTuple):
 
 
 class SourcePosition(NamedTuple):
-    """What a snapshot of one partition holds."""
+    """What a snapshot of one partition holds. New fields go to the end, with a default."""
 
     topic_id: str
     partition_count: int
     next_offset: int
+    head_untold: bool = False
+    """Whether nothing was read yet, so that it is still to be told if the log's head is missing."""
 
 
 class Committed(NamedTuple):
     """How far a flow has surely come in one partition."""
 
     next_offset: int
-    position_ms: int
-    """Everything appended before this time was read: the time itself when the flow stood at the end of the
-    log, else the append time of the last message read; 0 when nothing was read and there is more."""
-    at_end: bool
-    """Whether the flow believed to stand at the end of the log. It goes by the last answer that it got, which
-    is old when the broker is away: ask the broker before relying on it."""
+    appended_at_ms: int
+    """Append time of the last message read; 0 when there was none."""
+    at_end_ms: int
+    """When the flow stood at the end of the log, as far as it knew from the broker's last answer, which is old
+    when the broker is away: ask the broker before relying on it. 0 when it knew of more to read."""
 
 
 @dataclass
@@ -197,7 +198,7 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
     def _take(self, messages: list[Message]) -> list[RawMessage]:
         topic, partition = self._topic, self._partition
         if self._broker_append_time and messages[0].timestamp()[0] != TIMESTAMP_LOG_APPEND_TIME:
-            raise WrongLog(
+            refuse(
                 f"topic {topic} does not stamp messages with LogAppendTime: set its message.timestamp.type, "
                 "or METERING_BROKER_APPEND_TIME=false if the broker cannot"
             )
@@ -226,11 +227,14 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
             return True
         code = error.code()
         if code in (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
-            raise WrongLog(
+            refuse(
                 f"{self._topic}/{self._partition}: offset {self._next_offset}, where the flow stopped, is not "
                 f"in the log any more ({error.str()}): run `metering adopt-log`"
             )
-        if code != KafkaError._PARTITION_EOF:
+        if code == KafkaError._PARTITION_EOF:
+            # Of a partition whose messages were all deleted this is the only word on where it goes on.
+            self._next_offset = max(self._next_offset, message.offset() or 0)
+        else:
             metrics.RETRIES.labels("read from Kafka").inc()
         return False
 
@@ -250,11 +254,12 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
         self._lag_seconds.set(max(now_ms - self._last_appended_at_ms, 0) / 1000 if lag else 0)
         at_end = high >= 0 and lag == 0
         self._snapshots.append(
-            Committed(self._next_offset, now_ms if at_end else self._last_appended_at_ms, at_end)
+            Committed(self._next_offset, self._last_appended_at_ms, now_ms if at_end else 0)
         )
         if len(self._snapshots) > COMMITTED_AFTER_SNAPSHOTS:
             self._progress.commit(self._partition, self._snapshots[0])
-        return SourcePosition(self._log.topic_id, self._log.partition_count, self._next_offset)
+        head_untold = self._on_missing_head is not None
+        return SourcePosition(self._log.topic_id, self._log.partition_count, self._next_offset, head_untold)
 
     def close(self) -> None:
         """Leave the broker."""
@@ -305,8 +310,10 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
         """A reader that goes on where the snapshot was taken, or begins at the head of the log."""
         partition = int(for_part.rpartition("/")[2])
         start = TopicPartition(self._topic, partition, OFFSET_BEGINNING)
+        head_untold = True
         if resume_state is not None:
             position = SourcePosition(*resume_state)
+            head_untold = position.head_untold
             self._check_same_log(position)
             start.offset = position.next_offset
         consumer = Consumer(consumer_settings(self._bootstrap))
@@ -319,7 +326,7 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
             broker_append_time=self._broker_append_time,
             with_headers=self._with_headers,
             linger=self._linger,
-            on_missing_head=self._on_missing_head if resume_state is None else None,
+            on_missing_head=self._on_missing_head if head_untold else None,
         )
 
     def _check_same_log(self, position: SourcePosition) -> None:
@@ -336,7 +343,7 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
             )
 
 
-def refuse(line: str) -> None:
+def refuse(line: str) -> NoReturn:
     """Raise WrongLog, with the line on stderr first: Bytewax buries it in a traceback."""
     print(f"metering: {line}", file=sys.stderr, flush=True)  # noqa: T201
     raise WrongLog(line)

@@ -10,9 +10,10 @@ local mismatch = epoch_mismatch(ARGV[1])
 if mismatch then return mismatch end
 
 local request = 'request:' .. ARGV[3]
-local stored = call('HMGET', request, 'digest', 'amount_us', 'balance_us')
+local stored = call('HMGET', request, 'digest', 'amount_us', 'balance_us', 'outcome')
 if stored[1] then
-  return {stored[1] == ARGV[4] and 'REPLAYED' or 'CONFLICT', stored[2], stored[3]}
+  local repeated = stored[4] == 'OVER_LIMIT' and 'OVER_LIMIT' or 'REPLAYED'
+  return {stored[1] == ARGV[4] and repeated or 'CONFLICT', stored[2], stored[3]}
 end
 if call('XLEN', 'ledger') >= tonumber(ARGV[2]) then return 'FULL' end
 
@@ -26,23 +27,27 @@ if kind == 'write_off' then
   amount = most > 0 and format('%.0f', most) or '0'
 end
 
-local lines = {}
+local lines, outcome = {}, 'APPLIED'
 if amount ~= '0' then
   local after, counter_after = add(state.balance, amount), add(counter_state.balance, negated(amount))
-  if not after or not counter_after or account == counter then return {'OVER_LIMIT', '0', state.balance} end
-  local before, counter_before = state.balance, counter_state.balance
-  state.balance, state.seq, state.changed = after, state.seq + 1, true
-  lines[1] = line(account, state, amount, before, kind, '0')
-  counter_state.balance, counter_state.seq, counter_state.changed = counter_after, counter_state.seq + 1, true
-  lines[2] = line(counter, counter_state, negated(amount), counter_before, kind, '0')
+  if not after or not counter_after or account == counter then
+    amount, outcome = '0', 'OVER_LIMIT'
+  else
+    local before, counter_before = state.balance, counter_state.balance
+    state.balance, state.seq, state.changed = after, state.seq + 1, true
+    lines[1] = line(account, state, amount, before, kind, '0')
+    counter_state.balance, counter_state.seq, counter_state.changed = counter_after, counter_state.seq + 1, true
+    lines[2] = line(counter, counter_state, negated(amount), counter_before, kind, '0')
+  end
 end
 
 -- From here on only writes.
 local at = now_ms()
 write_accounts(at)
-call('HSET', request, 'digest', ARGV[4], 'amount_us', amount, 'balance_us', state.balance, 'at_ms', at)
+call('HSET', request, 'digest', ARGV[4], 'amount_us', amount, 'balance_us', state.balance, 'outcome', outcome,
+  'at_ms', at)
 if #lines > 0 then
   call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'at', at,
     'command', ARGV[9], 'lines', '[' .. table.concat(lines, ',') .. ']')
 end
-return {'APPLIED', amount, state.balance}
+return {outcome, amount, state.balance}

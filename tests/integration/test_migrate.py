@@ -9,11 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 from clickhouse_connect.driver.client import Client
-from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined] # a public name
+from confluent_kafka.admin import (  # type: ignore[attr-defined] # public names that it forgets to export
+    AdminClient,
+    ConfigResource,
+    NewTopic,
+    ResourceType,
+)
 
 import app.clients
 from app.embedded import process
-from app.migrate import MigrationError, create_topics, initialise_redis, run_migrations
+from app.migrate import TOPIC_CONFIGS, MigrationError, create_topics, initialise_redis, run_migrations
 from schemas import redis_keys
 from schemas.records import LedgerLine
 from schemas.settings import Settings
@@ -32,11 +37,7 @@ DATABASE = "migrate"
 def topics() -> dict[str, dict[str, str]]:
     """Three topics that nobody has, with the settings of the real ones."""
     prefix = f"test.{uuid.uuid4().hex[:12]}"
-    return {
-        f"{prefix}.events": {"max.message.bytes": "1048588"},
-        f"{prefix}.commands": {"max.message.bytes": "1048588", "retention.ms": "-1"},
-        f"{prefix}.dead-letters": {"max.message.bytes": "1148588"},
-    }
+    return {f"{prefix}.{name}": dict(config) for name, config in TOPIC_CONFIGS.items()}
 
 
 def partition_counts(settings: Settings) -> dict[str, int]:
@@ -54,6 +55,21 @@ def test_missing_topics_are_made_and_existing_ones_left(
     assert create_topics(settings.kafka, 5, append_time, topics=topics) == []
     counts = partition_counts(settings)
     assert [counts[name] for name in topics] == [3, 3, 3]
+
+
+def test_topics_get_their_settings(settings: Settings, topics: dict[str, dict[str, str]]) -> None:
+    """Commands are kept for ever, dead letters may be larger than events, and the broker stamps, if it can."""
+    create_topics(settings.kafka, 1, settings.broker_append_time, topics=topics)
+    admin = AdminClient({"bootstrap.servers": settings.kafka})
+    resources = [ConfigResource(ResourceType.TOPIC, name) for name in topics]
+    for resource, outcome in admin.describe_configs(resources).items():
+        found = {name: entry.value for name, entry in outcome.result().items()}
+        expected = dict(topics[resource.name])
+        if settings.broker_append_time:
+            expected["message.timestamp.type"] = "LogAppendTime"
+        assert {name: found.get(name) for name in expected} == expected
+    sizes = [int(config["max.message.bytes"]) for config in TOPIC_CONFIGS.values()]
+    assert sizes == [1_048_588, 1_048_588, 1_148_588]
 
 
 def test_the_products_own_topics_are_made(settings: Settings) -> None:

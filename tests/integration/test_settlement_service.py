@@ -55,14 +55,14 @@ def test_the_fence_follows_the_slowest_partition_by_whole_windows(
     progress = Progress()
     source(settings, topic, progress=progress)
     with keeping(settings, redis_client, topic, progress, []):
-        progress.commit(0, Committed(0, 600_000_000, at_end=True))
+        progress.commit(0, Committed(0, 0, at_end_ms=600_000_000))
         time.sleep(0.3)
         assert fence(redis_client) == 0
-        progress.commit(1, Committed(0, 600_000_000 + WINDOW_MS - 1, at_end=True))
+        progress.commit(1, Committed(0, 0, at_end_ms=600_000_000 + WINDOW_MS - 1))
         wait_until(lambda: fence(redis_client) == 600_000_000 - LAG_MS, "the fence moves")
-        progress.commit(0, Committed(0, 700_000_000, at_end=True))
+        progress.commit(0, Committed(0, 0, at_end_ms=700_000_000))
         wait_until(lambda: fence(redis_client) == 600_000_000 - LAG_MS, "the other partition holds it")
-        progress.commit(1, Committed(0, 600_000_000 + 2 * WINDOW_MS, at_end=True))
+        progress.commit(1, Committed(0, 0, at_end_ms=600_000_000 + 2 * WINDOW_MS))
         wait_until(lambda: fence(redis_client) == 600_000_000 + 2 * WINDOW_MS - LAG_MS, "it moves on")
 
 
@@ -77,11 +77,25 @@ def test_a_flow_that_does_not_know_of_the_newest_messages_holds_the_fence(
     send(settings, topic, [b"0"])
     send(settings, topic, [b"1"])
     with keeping(settings, redis_client, topic, progress, []):
-        progress.commit(0, Committed(0, 600_000_000, at_end=True))
+        progress.commit(0, Committed(0, 0, at_end_ms=600_000_000))
         time.sleep(0.5)
         assert fence(redis_client) == 0
-        progress.commit(0, Committed(2, 600_000_000, at_end=True))
+        progress.commit(0, Committed(2, 0, at_end_ms=600_000_000))
         wait_until(lambda: fence(redis_client) > 0, "the fence moves")
+
+
+def test_steady_traffic_moves_the_fence_by_the_last_message_read(
+    settings: Settings, make_topic: MakeTopic, redis_client: redis.Redis
+) -> None:
+    """The broker always has a little more than the flow last knew; the fence must not wait for a silent moment."""
+    topic = make_topic(1)
+    progress = Progress()
+    source(settings, topic, progress=progress)
+    send(settings, topic, [b"0"])
+    send(settings, topic, [b"1"])
+    with keeping(settings, redis_client, topic, progress, []):
+        progress.commit(0, Committed(0, 600_000_000, at_end_ms=600_000_500))
+        wait_until(lambda: fence(redis_client) == 600_000_000 - LAG_MS, "the fence moves")
 
 
 def test_a_partition_commits_what_two_later_snapshots_have_confirmed(
