@@ -10,22 +10,26 @@ aside. Killed in between, the flows still refuse to start, and running it again 
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import redis
 from clickhouse_connect.driver.exceptions import ClickHouseError
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from app.books import adopt_log, expected_epoch
 from app.clients import clickhouse_client, redis_client
 from app.errors import CommandError
 from metering.cells import WINDOW_MS
+from metering.ports import WrongRedis
 from schemas import redis_keys
-from schemas.settings import Settings
+from schemas.settings import Settings, one_line
 from schemas.topics import EVENTS
 from sinks.balances import RedisBalances
-from sources.kafka import describe_log
+from sources.kafka import WrongLog, describe_log
 
 RECOVERY = "recovery"
 FLOWS_WITH_A_PLACE = ("settlement", "usage_store")
@@ -45,7 +49,21 @@ def recovery_store(settings: Settings, flow: str) -> Path:
 
 
 def adopt_new_log(settings: Settings) -> AdoptedLog:
-    """Freeze what the old log touched and make the flows read the topic that is there from its head."""
+    """Freeze what the old log touched and make the flows read the topic that is there from its head.
+
+    Raises CommandError, one line, when a server is away or is not the one that the books were kept on.
+    """
+    try:
+        return _adopt(settings)
+    except KafkaException as error:
+        raise CommandError(f"METERING_KAFKA={settings.kafka}: {one_line(error.args[0].str())}") from error
+    except redis.RedisError as error:
+        raise CommandError(f"METERING_REDIS: {one_line(str(error))}") from error
+    except (WrongLog, WrongRedis) as error:
+        raise CommandError(str(error)) from error
+
+
+def _adopt(settings: Settings) -> AdoptedLog:
     client = redis_client(settings)
     log = describe_log(AdminClient({"bootstrap.servers": settings.kafka}), EVENTS)
     book = RedisBalances(client, expected_epoch(settings, client), settings.outbox_max_entries)
@@ -61,6 +79,9 @@ def adopt_new_log(settings: Settings) -> AdoptedLog:
     for flow in FLOWS_WITH_A_PLACE:
         store = recovery_store(settings, flow)
         if store.exists():
+            # The one before is of no use to anybody any more.
+            for old in store.parent.glob(f"{flow}.other-log-*"):
+                shutil.rmtree(old)
             aside = store.with_name(f"{flow}.other-log-{time.time_ns()}")
             store.rename(aside)
             moved.append(aside)

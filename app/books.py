@@ -20,6 +20,9 @@ from sources.kafka import LogIdentity
 
 EPOCH_FILE = "epoch"
 
+REVISION_BITS = 40
+"""A log has room for a million million messages; 8 000 logs fit into what Lua counts exactly (53 bits)."""
+
 
 class BooksDiffer(CommandError):
     """The servers are not those that the books were kept on. One line."""
@@ -51,30 +54,45 @@ def expected_epoch(settings: Settings, client: redis.Redis) -> int:
     return epoch
 
 
-def check_log(client: redis.Redis, topic: str, found: LogIdentity) -> None:
-    """Claim the log for an empty book, or make sure that it is the one that revisions were counted in."""
-    mine = {"topic_id": found.topic_id, "partition_count": str(found.partition_count)}
+def check_log(client: redis.Redis, topic: str, found: LogIdentity) -> int:
+    """Claim the log for an empty book, or make sure that it is the one that revisions were counted in.
+
+    Returns the log's revision base: revisions of a log adopted later are higher than all of the earlier ones.
+    """
     known = _read_hash(client, redis_keys.LOG)
     if not known:
-        client.hset(redis_keys.LOG, mapping=mine)  # type: ignore[arg-type]
-        return
-    if known != mine:
+        client.hset(redis_keys.LOG, mapping=_log_record(found, generation=0))  # type: ignore[arg-type]
+        return 0
+    if (known["topic_id"], known["partition_count"]) != (found.topic_id, str(found.partition_count)):
         raise BooksDiffer(
             f"topic {topic} (id {found.topic_id}, {found.partition_count} partitions) is not the log that the "
-            f"balances were settled from (id {known.get('topic_id')}, {known.get('partition_count')} "
-            "partitions). Run `metering adopt-log` to go on with it"
+            f"balances were settled from (id {known['topic_id']}, {known['partition_count']} partitions). Run "
+            "`metering adopt-log` to go on with it"
         )
+    return int(known["generation"]) << REVISION_BITS
 
 
 def adopt_log(client: redis.Redis, found: LogIdentity) -> None:
-    """Make `found` the log that revisions are counted in; only once no cell of another one is live."""
+    """Make `found` the log that revisions are counted in; only once no cell of another one is live.
+
+    Adopting the log that is already known changes nothing.
+    """
+    known = _read_hash(client, redis_keys.LOG)
+    if known.get("topic_id") == found.topic_id and known["partition_count"] == str(found.partition_count):
+        return
+    generation = int(known["generation"]) + 1 if known else 0
     pipeline = client.pipeline(transaction=True)
     pipeline.delete(redis_keys.POSITIONS)
-    pipeline.hset(
-        redis_keys.LOG,
-        mapping={"topic_id": found.topic_id, "partition_count": str(found.partition_count)},
-    )
+    pipeline.hset(redis_keys.LOG, mapping=_log_record(found, generation))  # type: ignore[arg-type]
     pipeline.execute()
+
+
+def _log_record(log: LogIdentity, generation: int) -> dict[str, str]:
+    return {
+        "topic_id": log.topic_id,
+        "partition_count": str(log.partition_count),
+        "generation": str(generation),
+    }
 
 
 def register_rates(client: redis.Redis, card: RateCard) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 import redis
@@ -30,7 +31,9 @@ from app.errors import CommandError
 from app.fence_keeper import FenceKeeper
 from flows.settlement import SettlementRules
 from metering.cells import WINDOW_MS, window_start_ms
+from metering.ports import WrongRedis
 from schemas.decode import FUTURE_TOLERANCE_MS
+from schemas.ports import StoreRefused
 from schemas.rate_card import load_rate_card
 from schemas.settings import Settings, SettingsError, load_settings, one_line
 from schemas.topics import COMMANDS, DEAD_LETTERS, EVENTS
@@ -91,8 +94,8 @@ def _settlement(settings: Settings) -> Dataflow:
         )
 
     events = _source(settings, EVENTS, progress=progress, on_missing_head=raise_fence_past)
-    assert progress.log is not None
-    check_log(client, EVENTS, progress.log)
+    log = events.log
+    revision_base = check_log(client, EVENTS, log)
     FenceKeeper(
         settings.kafka,
         EVENTS,
@@ -106,13 +109,16 @@ def _settlement(settings: Settings) -> Dataflow:
     return flows.settlement.build_flow(
         events,
         _source(settings, COMMANDS),
-        DeadLetterSink(lambda: KafkaDeadLetters(settings.kafka, EVENTS, _counted("Kafka, dead letters"))),
+        DeadLetterSink(
+            lambda: KafkaDeadLetters(settings.kafka, EVENTS, log.topic_id, _counted("Kafka, dead letters"))
+        ),
         book,
         SettlementRules(
             card,
             presence_max_ms=settings.presence_max_s * 1000,
             idle_timeout_ms=settings.idle_timeout_s * 1000,
             emit_interval_ms=settings.emit_interval_ms,
+            revision_base=revision_base,
         ),
         now_ms,
     )
@@ -182,6 +188,7 @@ def _counted(effect: str) -> Callable[[Exception], None]:
 
 
 def _built(build: Callable[[Settings], Dataflow]) -> Dataflow:
+    sys.excepthook = _explain
     # What is imported stays; what comes is mostly freed by counting references, so that looking for cycles in
     # a large state is worth doing seldom.
     gc.freeze()
@@ -201,6 +208,19 @@ def _built(build: Callable[[Settings], Dataflow]) -> Dataflow:
     if ready:
         Path(ready).touch()
     return flow
+
+
+def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """One line for what is known to go wrong while a flow runs; Bytewax wraps it into errors of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, WrongLog):
+            return  # It was said where it was found.
+        if isinstance(cause, (WrongRedis, StoreRefused)):
+            say(str(cause))
+            return
+        cause = cause.__cause__ or cause.__context__
+    sys.__excepthook__(kind, error, trace)
 
 
 def _refuse(line: str) -> NoReturn:

@@ -1,7 +1,8 @@
 """Moves the fence on a timer: a fixed distance behind the committed position of the settlement flow.
 
-The position of a partition is a time before which everything appended has surely been settled; the fence follows the slowest partition of all workers, which publish theirs in
-Redis. So while the broker or the flow is away the fence stands still, and nobody becomes late by that.
+The position of a partition is a time before which everything appended has surely been settled; the fence
+follows the slowest partition of all workers, which publish theirs in Redis. So while the broker or the flow is
+away the fence stands still, and nobody becomes late by that.
 
 It also looks whether the topic is still the same log: an open consumer would not notice.
 """

@@ -41,6 +41,7 @@ def dead_letter(message: RawMessage, reason: RejectReason, detail: str) -> DeadL
     """The message, as it was, with why it was refused."""
     return DeadLetter(
         topic=message.topic,
+        log=message.log,
         partition=message.partition,
         offset=message.offset,
         reason=reason,

@@ -13,7 +13,7 @@ Order of effects, and what a crash between two of them causes:
 2. *Snapshotted, not posted.* Cannot be: Bytewax commits an epoch after every step, `post` included, has
    worked off its items. What was held back to coalesce is dirty in the snapshot; after a restart every live
    cell is dirty and goes out.
-3. *Dead letter produced, not snapshotted.* It is produced again; its identity (topic, partition, offset) is
+3. *Dead letter produced, not snapshotted.* It is produced again; its identity (topic, log, partition, offset) is
    the same, and the archive replaces.
 4. *Posted, answer lost.* `post` calls again, with the same revision and vector: nothing changes.
 5. *Answered OLDER or OVER_LIMIT, answer lost in a crash.* All live cells are dirty after the restart.
@@ -79,6 +79,8 @@ class SettlementRules:
     presence_max_ms: int
     idle_timeout_ms: int
     emit_interval_ms: int
+    revision_base: int = 0
+    """Of the log that is read: see `metering.live`."""
 
 
 class Answers:
@@ -110,7 +112,9 @@ class SettleScope(StatefulBatchLogic[list[Located], Outgoing, bytes]):
 
     def __init__(self, saved: bytes | None, rules: SettlementRules, desk: Desk) -> None:
         # Bytewax tells a new logic no key: the first event says which scope it is.
-        self._live = None if saved is None else LiveScope.restore(saved, rules.card, rules.presence_max_ms)
+        self._live: LiveScope | None = None
+        if saved is not None:
+            self._live = LiveScope.restore(saved, rules.card, rules.presence_max_ms, rules.revision_base)
         self._rules = rules
         self._desk = desk
         self._last_emission_ms = 0
@@ -158,7 +162,8 @@ class SettleScope(StatefulBatchLogic[list[Located], Outgoing, bytes]):
 
     def _listen(self, scope: str) -> LiveScope:
         if self._live is None:
-            self._live = LiveScope(scope, self._rules.card, presence_max_ms=self._rules.presence_max_ms)
+            rules = self._rules
+            self._live = LiveScope(scope, rules.card, 0, rules.presence_max_ms, rules.revision_base)
         live = self._live
         live.raise_fence(self._desk.book.known_fence_ms)
         for window_start, revision, answer in self._desk.answers.hear(live.scope):

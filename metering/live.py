@@ -4,7 +4,8 @@ Laws:
 - State is a function of the set of events seen, of where each one stood in the log, and of the fence. The
   order of arrival, the cut into batches, and repeats change nothing.
 - Every emission carries a cell's whole vector and a revision: the sum over partitions of (offset of the
-  scope's last event there + 1). It only grows along the log. Whoever keeps the balances posts the difference
+  scope's last event there + 1), on top of the log's own base. It only grows along the log, and a log that was
+  adopted later has the higher base. Whoever keeps the balances posts the difference
   to what it had for the cell, if the revision is higher, and else answers OLDER.
 - An emission answered OLDER leaves its cell dirty: it goes out again with the next higher revision. After a
   restart every live cell is dirty, since nobody knows which answers were lost.
@@ -256,9 +257,15 @@ class LiveScope:
     """One scope's live state. Not thread-safe; does no I/O; every time comes in as an argument (ms)."""
 
     def __init__(
-        self, scope: str, card: RateCard, frozen_before_ms: int = 0, presence_max_ms: int = PRESENCE_MAX_MS
+        self,
+        scope: str,
+        card: RateCard,
+        frozen_before_ms: int = 0,
+        presence_max_ms: int = PRESENCE_MAX_MS,
+        revision_base: int = 0,
     ) -> None:
         self.scope = scope
+        self._revision_base = revision_base
         self.frozen_before_ms = frozen_before_ms
         self.displaced = 0
         self._card = card
@@ -425,7 +432,7 @@ class LiveScope:
     @property
     def revision(self) -> int:
         """Grows with every event of the scope, along the log."""
-        return sum(self._positions.values())
+        return self._revision_base + sum(self._positions.values())
 
     def emission_due(self) -> bool:
         """Whether there is anything to post that was not refused at this very revision."""
@@ -512,10 +519,17 @@ class LiveScope:
         )
 
     @classmethod
-    def restore(cls, saved: bytes, card: RateCard, presence_max_ms: int = PRESENCE_MAX_MS) -> LiveScope:
-        """The state that `snapshot` gave, with every live cell dirty."""
+    def restore(
+        cls,
+        saved: bytes,
+        card: RateCard,
+        presence_max_ms: int = PRESENCE_MAX_MS,
+        revision_base: int = 0,
+    ) -> LiveScope:
+        """The state that `snapshot` gave, with every live cell dirty. The base is of the log, not of the state:
+        a flow that goes on with another log starts without a state."""
         parts = _decode_scope(saved)
-        live = cls(parts.scope, card, parts.frozen_before_ms, presence_max_ms)
+        live = cls(parts.scope, card, parts.frozen_before_ms, presence_max_ms, revision_base)
         live._positions = parts.positions
         for packed in parts.windows:
             window = _Window.load(packed, card, live._entries)

@@ -13,6 +13,7 @@ def headers_of(letter: DeadLetter) -> Headers:
         ("reason", letter.reason.encode()),
         ("detail", letter.detail.encode()),
         ("topic", letter.topic.encode()),
+        ("log", letter.log.encode()),
         ("partition", str(letter.partition).encode()),
         ("offset", str(letter.offset).encode()),
         ("appended_at_ms", str(letter.appended_at_ms).encode()),
@@ -25,6 +26,7 @@ def letter_from(headers: Headers | None, key: bytes | None, value: bytes | None)
     try:
         return DeadLetter(
             topic=found["topic"].decode(),
+            log=found.get("log", b"").decode(),
             partition=int(found["partition"]),
             offset=int(found["offset"]),
             reason=found["reason"].decode(),

@@ -113,6 +113,7 @@ _DEAD_LETTER = {
             "reason": {"type": "string", "enum": [reason.value for reason in RejectReason]},
             "detail": {"type": "string", "description": "the field and what is wrong with it, for people"},
             "topic": {"type": "string", "description": "of the original message"},
+            "log": {"type": "string", "description": "id of that topic: one made anew counts offsets anew"},
             "partition": {"type": "string", "pattern": "^[0-9]+$", "description": "of the original message"},
             "offset": {"type": "string", "pattern": "^[0-9]+$", "description": "of the original message"},
             "appended_at_ms": {

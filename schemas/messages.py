@@ -15,6 +15,8 @@ class RawMessage(msgspec.Struct, frozen=True, gc=False):
     value: bytes | None
     appended_at_ms: int
     headers: list[tuple[str, bytes]] | None = None
+    log: str = ""
+    """The topic's id: a topic made anew counts its offsets anew."""
 
 
 class OutboxMessage(msgspec.Struct, frozen=True, gc=False):

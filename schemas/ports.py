@@ -35,7 +35,7 @@ class UsageStore(Protocol):
         """Store lifecycle events; they share identities with usage."""
 
     def insert_dead_letters(self, letters: Sequence[DeadLetter]) -> None:
-        """Store refused messages; identity is the original's (topic, partition, offset)."""
+        """Store refused messages; identity is the original's (topic, log, partition, offset)."""
 
 
 class Journal(Protocol):

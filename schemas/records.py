@@ -83,11 +83,12 @@ class FenceMove(_Record):
 
 
 class DeadLetter(_Record):
-    """A message that was refused, with its original bytes. Identity: topic, partition, offset."""
+    """A message that was refused, with its original bytes. Identity: topic, log, partition, offset."""
 
     topic: str
-    partition: int = Field(ge=0)
-    offset: int = Field(ge=0)
+    log: str = Field(default="", description="the topic's id: one made anew counts its offsets anew")
+    partition: int = Field(ge=0, lt=2**31)
+    offset: int = Field(ge=0, lt=2**63)
     reason: str
     detail: str
     key: bytes | None

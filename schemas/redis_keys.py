@@ -33,7 +33,7 @@ POSITIONS = "positions"
 """Hash: topic/partition -> committed position of the settlement flow, in broker time (ms)."""
 
 LOG = "log"
-"""Hash: topic_id and partition_count of the log that the live cells' revisions are counted in."""
+"""Hash: topic_id, partition_count and generation of the log that the live cells' revisions are counted in."""
 
 DEFAULT_FLOOR_US = -18_000_000_000
 """-300 balance minutes."""

@@ -268,6 +268,7 @@ def dead_letter_columns(letters: Sequence[DeadLetter]) -> Columns:
     """The columns of `dead_letters`. The detail may quote what was refused, so it is made UTF-8 by force."""
     return {
         "topic": _text([letter.topic for letter in letters]),
+        "log": _text([letter.log for letter in letters]),
         "partition": _uint32([letter.partition for letter in letters]),
         "offset": _uint64([letter.offset for letter in letters]),
         "reason": _text([letter.reason for letter in letters]),

@@ -2,7 +2,7 @@
 
 Order of effects: all letters of a call are produced and confirmed by all replicas before the call returns, so
 the flow cannot commit past a letter that was lost. A crash before that produces them again; a letter's
-identity (topic, partition, offset of the original) stays the same, and the archive replaces.
+identity (topic, log, partition, offset of the original) stays the same, and the archive replaces.
 """
 
 from __future__ import annotations
@@ -50,10 +50,12 @@ class KafkaDeadLetters:
         self,
         bootstrap: str,
         events_topic: str,
+        events_log: str,
         on_retry: Callable[[Exception], None] = ignore_retry,
     ) -> None:
         self._bootstrap = bootstrap
         self._events_topic = events_topic
+        self._events_log = events_log
         self._on_retry = on_retry
         self._producer: Producer | None = None
 
@@ -97,6 +99,7 @@ class KafkaDeadLetters:
         found = message is not None and message.offset() == displaced.offset
         return DeadLetter(
             topic=self._events_topic,
+            log=self._events_log,
             partition=displaced.partition,
             offset=displaced.offset,
             reason=RejectReason.IDENTITY_CONFLICT,

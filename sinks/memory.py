@@ -16,7 +16,7 @@ class MemoryUsageStore:
     def __init__(self) -> None:
         self._usage: dict[Identity, UsageRow] = {}
         self._lifecycle: dict[Identity, LifecycleRow] = {}
-        self._dead_letters: dict[tuple[str, int, int], DeadLetter] = {}
+        self._dead_letters: dict[tuple[str, str, int, int], DeadLetter] = {}
 
     def insert_usage(self, rows: Sequence[UsageRow]) -> None:
         """Keep the earliest occurrence of each identity."""
@@ -37,7 +37,7 @@ class MemoryUsageStore:
     def insert_dead_letters(self, letters: Sequence[DeadLetter]) -> None:
         """Keep one letter per original message."""
         for letter in letters:
-            self._dead_letters[letter.topic, letter.partition, letter.offset] = letter
+            self._dead_letters[letter.topic, letter.log, letter.partition, letter.offset] = letter
 
     def stored_usage(self) -> list[UsageRow]:
         """The earliest occurrence of each identity among usage, in no particular order."""

@@ -203,7 +203,7 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
                 "or METERING_BROKER_APPEND_TIME=false if the broker cannot"
             )
         now_ms = 0 if self._broker_append_time else self._now_ms()
-        with_headers = self._with_headers
+        with_headers, log = self._with_headers, self._log.topic_id
         batch = [
             RawMessage(
                 topic,
@@ -213,6 +213,7 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
                 message.value(),
                 now_ms or message.timestamp()[1],
                 _headers(message) if with_headers else None,
+                log,
             )
             for message in messages
         ]
@@ -301,6 +302,11 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
         self._on_missing_head = on_missing_head
         self._log = describe_log(AdminClient({"bootstrap.servers": bootstrap}), topic)
         self._progress.log = self._log
+
+    @property
+    def log(self) -> LogIdentity:
+        """Which log the topic was when this source was made."""
+        return self._log
 
     def list_parts(self) -> list[str]:
         """One a partition, named topic/number."""

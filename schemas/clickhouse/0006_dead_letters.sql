@@ -1,8 +1,9 @@
--- Messages that were refused, with their original bytes. Identity is (topic, partition, offset). A message
--- without key or value has NULL there, which is not the same as an empty one.
+-- Messages that were refused, with their original bytes. Identity is (topic, log, partition, offset): a topic
+-- made anew counts its offsets anew. A message without key or value has NULL there, which is not the same as an empty one.
 CREATE TABLE IF NOT EXISTS {database}.dead_letters
 (
     topic LowCardinality(String) COMMENT 'Kafka topic of the original message',
+    log LowCardinality(String) COMMENT 'id of that topic',
     partition UInt32 COMMENT 'Kafka partition of the original message',
     offset UInt64 COMMENT 'Kafka offset of the original message',
     reason LowCardinality(String) COMMENT 'one of a fixed set of words',
@@ -16,5 +17,5 @@ CREATE TABLE IF NOT EXISTS {database}.dead_letters
 )
 ENGINE = ReplacingMergeTree
 PARTITION BY toYYYYMM(fromUnixTimestamp64Milli(greatest(least(appended_at_ms, 4102444799999), 1577836800000), 'UTC'))
-ORDER BY (topic, partition, offset)
+ORDER BY (topic, log, partition, offset)
 COMMENT 'Refused messages with their original bytes; read with FINAL'

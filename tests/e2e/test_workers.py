@@ -18,7 +18,6 @@ from app.embedded.process import free_port
 from app.migrate import create_topics, initialise_redis, run_migrations
 from schemas.settings import Settings
 from tests.support.commands import metering
-from tests.support.processes import wait_until
 from tests.support.services import chosen_broker, running_services
 from tests.support.world import World
 

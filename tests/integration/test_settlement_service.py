@@ -162,15 +162,16 @@ def test_an_older_epoch_than_remembered_is_refused(settings: Settings, redis_cli
 
 
 def test_the_books_belong_to_one_log(redis_client: redis.Redis) -> None:
-    """The first one is claimed; another id or partition count is refused until it is adopted."""
+    """The first one is claimed; another is refused until it is adopted, and then its revisions are all higher."""
     first, second = LogIdentity("a", 4), LogIdentity("b", 4)
-    check_log(redis_client, "lingua.events", first)
-    check_log(redis_client, "lingua.events", first)
+    assert check_log(redis_client, "lingua.events", first) == 0
+    assert check_log(redis_client, "lingua.events", first) == 0
     for other in (second, LogIdentity("a", 5)):
         with pytest.raises(BooksDiffer, match="is not the log"):
             check_log(redis_client, "lingua.events", other)
-    adopt_log(redis_client, second)
-    check_log(redis_client, "lingua.events", second)
+    for _ in range(2):
+        adopt_log(redis_client, second)
+        assert check_log(redis_client, "lingua.events", second) == 1 << 40
 
 
 def test_rate_versions_are_never_edited_dropped_or_slipped_under_the_fence(
