@@ -27,10 +27,19 @@ def main() -> None:
         with broker_and_redis(directory, options.broker) as servers:
             result = throughput.measure(servers, directory, options.events, options.runs)
         print(f"backlog: {result.messages:,} messages, {result.cells:,} cells, {options.runs} turns each")
-        for name, seconds in (("bare consumer", result.bare_s), ("settlement flow", result.flow_s)):
+        for name, seconds in (
+            ("bare consumer, poll()", result.polling_s),
+            ("bare consumer, consume()", result.consuming_s),
+            ("settlement flow", result.flow_s),
+        ):
             runs = ", ".join(f"{result.messages / each:,.0f}" for each in seconds)
-            print(f"  {name:16} {result.rate(seconds):>10,.0f} events/s (median of {runs})")
-        print(f"  ratio flow / bare consumer: {result.ratio:.2f} (median of pairs)", flush=True)
+            print(f"  {name:24} {result.rate(seconds):>10,.0f} events/s (median of {runs})")
+        polling, consuming = result.ratio(result.polling_s), result.ratio(result.consuming_s)
+        print(
+            f"  ratio flow / bare consumer: {polling:.2f} to poll(), {consuming:.2f} to consume() "
+            "(medians of runs next to each other)",
+            flush=True,
+        )
     with tempfile.TemporaryDirectory() as scratch, everything(Path(scratch), options.broker) as addresses:
         found = latency.measure(addresses["kafka"], addresses["redis"], options.rate, options.seconds)
     print(

@@ -39,17 +39,17 @@ class Throughput:
 
     messages: int
     cells: int
-    bare_s: list[float]
+    polling_s: list[float]
+    consuming_s: list[float]
     flow_s: list[float]
 
     def rate(self, seconds: list[float]) -> float:
         """Messages a second, by the median run."""
         return self.messages / median(seconds)
 
-    @property
-    def ratio(self) -> float:
-        """The flow's throughput over the bare consumer's: the median over pairs that ran next to each other."""
-        return median(bare / flow for bare, flow in zip(self.bare_s, self.flow_s, strict=True))
+    def ratio(self, bare_s: list[float]) -> float:
+        """The flow's throughput over a bare consumer's: the median over pairs that ran next to each other."""
+        return median(bare / flow for bare, flow in zip(bare_s, self.flow_s, strict=True))
 
 
 def measure(servers: Servers, directory: Path, events: int, runs: int) -> Throughput:
@@ -65,11 +65,12 @@ def measure(servers: Servers, directory: Path, events: int, runs: int) -> Throug
         balances[line.account] += line.amount_us
     create_topics(servers.kafka, PARTITIONS, servers.broker_append_time)
     _produce(servers.kafka, lines)
-    bare_s, flow_s = [], []
+    polling_s, consuming_s, flow_s = [], [], []
     for run in range(runs):
-        bare_s.append(_bare_consumer(servers.kafka, len(lines)))
+        polling_s.append(_bare_consumer("poll", servers.kafka, len(lines)))
+        consuming_s.append(_bare_consumer("consume", servers.kafka, len(lines)))
         flow_s.append(_flow(servers, directory / f"run-{run}", dict(balances)))
-    return Throughput(len(lines), len({line.cell_id for line in settled}), bare_s, flow_s)
+    return Throughput(len(lines), len({line.cell_id for line in settled}), polling_s, consuming_s, flow_s)
 
 
 def _produce(bootstrap: str, lines: list[bytes]) -> None:
@@ -85,8 +86,8 @@ def _produce(bootstrap: str, lines: list[bytes]) -> None:
     producer.flush()
 
 
-def _bare_consumer(bootstrap: str, messages: int) -> float:
-    arguments = [bootstrap, EVENTS, str(PARTITIONS), str(messages)]
+def _bare_consumer(how: str, bootstrap: str, messages: int) -> float:
+    arguments = [how, bootstrap, EVENTS, str(PARTITIONS), str(messages)]
     command = [sys.executable, "-m", "bench.bare_consumer", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=300)
     return float(done.stdout)
