@@ -77,7 +77,8 @@ class RedisBalances:
 
     def _post_call(self, cells: list[CellPosting], endings: list[tuple[str, Ending]]) -> list[Answer]:
         # A cell over the limit is refused here, alone, where amounts are still exact integers.
-        fitting = [cell for cell in cells if _fits(cell)]
+        fits = [sum(map(abs, cell.amounts.values())) <= MAX_AMOUNT_US for cell in cells]
+        fitting = [cell for cell, fit in zip(cells, fits, strict=True) if fit]
         arguments = [self._epoch, self._outbox_max_entries, str(len(fitting)), str(len(endings))]
         for cell in fitting:
             arguments += (
@@ -85,11 +86,9 @@ class RedisBalances:
                 str(cell.window_start_ms),
                 str(cell.revision),
                 f'["{cell.cell_id}",{cell.revision},"{cell.rate_version}"]',
-                str(len(cell.amounts)),
+                # Sorted, so that equal vectors are equal strings.
+                ";".join([f"{account}={amount_us}" for account, amount_us in sorted(cell.amounts.items())]),
             )
-            for account, amount_us in cell.amounts.items():
-                arguments.append(account)
-                arguments.append(str(amount_us))
         for scope, ending in endings:
             arguments.append(
                 json.dumps(
@@ -99,7 +98,7 @@ class RedisBalances:
         reply = self._run(self._settle_cells, arguments)
         self._known_fence = max(self._known_fence, int(reply[0]))
         said = iter(reply[1:])
-        return [Answer[next(said).decode()] if _fits(cell) else Answer.OVER_LIMIT for cell in cells]
+        return [Answer[next(said).decode()] if fit else Answer.OVER_LIMIT for fit in fits]
 
     def apply_command(self, command: Command) -> CommandResult:
         metadata = json.dumps([command.request_id, command.actor, command.reason])
@@ -164,10 +163,6 @@ def _script(client: redis.Redis, name: str) -> Script:
     folder = files("sinks") / "lua"
     common = (folder / "common.lua").read_text(encoding="utf-8")
     return client.register_script(common + (folder / f"{name}.lua").read_text(encoding="utf-8"))
-
-
-def _fits(cell: CellPosting) -> bool:
-    return sum(map(abs, cell.amounts.values())) <= MAX_AMOUNT_US
 
 
 def _calls(

@@ -87,9 +87,10 @@ class MemoryBalances:
         if cell.revision == known.revision:
             return Answer.POSTED if cell.amounts == known.amounts else Answer.OLDER
         gone = sorted(known.amounts.keys() - cell.amounts.keys())
+        named = sorted(cell.amounts)
         changes = {
             account: cell.amounts.get(account, 0) - known.amounts.get(account, 0)
-            for account in [*cell.amounts, *gone]
+            for account in [*named, *gone]
         }
         changes[REVENUE] = -sum(changes.values())
         changes = {account: change for account, change in changes.items() if change}

@@ -82,11 +82,13 @@ end
 local function write_accounts(at)
   for account, state in pairs(accounts) do
     if state.changed then
-      local key = 'balance:{' .. account .. '}'
-      call('HSET', key, 'balance_us', state.balance, 'seq', format('%.0f', state.seq),
-        'updated_at_ms', at)
-      if not state.floor then call('HSET', key, 'floor_us', '-18000000000') end
-      if not state.held then call('HSET', key, 'held_us', '0') end
+      local key, seq = 'balance:{' .. account .. '}', format('%.0f', state.seq)
+      if state.floor and state.held then
+        call('HSET', key, 'balance_us', state.balance, 'seq', seq, 'updated_at_ms', at)
+      else
+        call('HSET', key, 'balance_us', state.balance, 'seq', seq, 'updated_at_ms', at,
+          'floor_us', state.floor or '-18000000000', 'held_us', state.held or '0')
+      end
     end
   end
 end

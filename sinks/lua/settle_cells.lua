@@ -1,8 +1,8 @@
 -- Posts cells: the difference between each new vector and the last one, and any endings of scopes.
 --
 -- ARGV: epoch, outbox bound, number of cells, number of endings; then per cell: cell id, window start (ms),
---   revision, metadata (JSON), number of amounts, and that many pairs of account and amount (us), all accounts
---   but platform/revenue; then per ending its JSON.
+--   revision, metadata (JSON), and the vector: all accounts but platform/revenue, sorted, as
+--   "account=amount;account=amount" (us); then per ending its JSON.
 -- Reply: 'FULL' when the outbox is at its bound (nothing was done), else {fence, answer, answer, ...} with
 --   POSTED, OLDER, FROZEN or OVER_LIMIT per cell.
 -- Errors: EPOCH ... when this is not the Redis that the caller means; nothing was done.
@@ -11,130 +11,131 @@ local mismatch = epoch_mismatch(ARGV[1])
 if mismatch then return mismatch end
 if call('XLEN', 'ledger') >= tonumber(ARGV[2]) then return 'FULL' end
 
+local gmatch, find, insert = string.gmatch, string.find, table.insert
 local fence = call('GET', 'frozen_before_ms') or '0'
 local frozen_before = tonumber(fence)
 local reply = {fence}
-local records, vectors, metadata, lines = {}, {}, {}, {}
-local live_cells = {}
+-- What this call writes: records by cell id, their windows, metadata and lines of the outbox entry.
+local records, starts, metadata, lines = {}, {}, {}, {}
 local at = now_ms()
 
-local function read_record(cell)
-  local known = vectors[cell]
-  if known then return known end
-  known = {revision = -1, amounts = {}}
-  local stored = call('GET', 'cell:' .. cell)
-  if stored then
-    local cut = string.find(stored, '|', 1, true)
-    known.revision = tonumber(sub(stored, 1, cut - 1))
-    for account, amount in string.gmatch(sub(stored, cut + 1), '([^=;]+)=([^;]+)') do
-      known.amounts[account] = amount
-    end
+local reasons = {u = 'charge', n = 'credit', p = 'revenue'}
+local names, changes, afters = {}, {}, {}
+
+-- The changes from the old vector to the new one, as `names` and `changes`, revenue last; returns how many.
+local function difference(old, new)
+  local count, rest = 0, 0
+  local function change(account, amount)
+    count = count + 1
+    names[count], changes[count] = account, amount
+    rest = rest + amount
   end
-  vectors[cell] = known
-  return known
+  if old == '' then
+    for account, amount in gmatch(new, '([^=;]+)=([^;]+)') do
+      if amount ~= '0' then change(account, tonumber(amount)) end
+    end
+  else
+    local known, seen = {}, {}
+    for account, amount in gmatch(old, '([^=;]+)=([^;]+)') do known[account] = tonumber(amount) end
+    for account, amount in gmatch(new, '([^=;]+)=([^;]+)') do
+      seen[account] = true
+      local moved = tonumber(amount) - (known[account] or 0)
+      if moved ~= 0 then change(account, moved) end
+    end
+    local gone = {}
+    for account, amount in pairs(known) do
+      if not seen[account] and amount ~= 0 then insert(gone, account) end
+    end
+    -- Whoever left the split goes back to zero.
+    table.sort(gone)
+    for _, account in ipairs(gone) do change(account, -known[account]) end
+  end
+  if rest ~= 0 then change('platform/revenue', -rest) end
+  return count
 end
 
-local function same_amounts(left, right)
-  for account, amount in pairs(left) do
-    if right[account] ~= amount then return false end
+-- Stages the first `count` changes; false, with nothing staged, when a balance would leave its range.
+local function stage(count)
+  for index = 1, count do
+    local after = add(account_state(names[index]).balance, format('%.0f', changes[index]))
+    if not after then return false end
+    afters[index] = after
   end
-  for account in pairs(right) do
-    if not left[account] then return false end
+  local reference = format('%d', #metadata)
+  for index = 1, count do
+    local account = names[index]
+    local state = accounts[account]
+    local before = state.balance
+    state.balance, state.seq, state.changed = afters[index], state.seq + 1, true
+    insert(lines, line(account, state, format('%.0f', changes[index]), before, reasons[sub(account, 1, 1)], reference))
   end
   return true
 end
 
-local reasons = {u = 'charge', n = 'credit', p = 'revenue'}
+-- Each call into Redis costs more than what it does: what can be read or written at once is, by so many keys.
+local AT_ONCE = 1000
 
--- Stages the changes of one cell; returns false, with nothing staged, when a balance would leave its range.
-local function stage(order, old, new)
-  local staged, rest = {}, 0
-  local function change_by(account, change)
-    local state = account_state(account)
-    local after = add(state.balance, change)
-    if not after then return false end
-    staged[#staged + 1] = {account, state, change, after}
-    return true
+local stored = {}
+local cells = tonumber(ARGV[3])
+for first = 1, cells, AT_ONCE do
+  local keys = {}
+  for cell = first, math.min(first + AT_ONCE - 1, cells) do insert(keys, 'cell:' .. ARGV[cell * 5]) end
+  for offset, record in ipairs(call('MGET', unpack(keys))) do
+    stored[ARGV[(first + offset - 1) * 5]] = record
   end
-  for _, account in ipairs(order) do
-    local difference = tonumber(new[account] or '0') - tonumber(old[account] or '0')
-    if difference ~= 0 then
-      if not change_by(account, format('%.0f', difference)) then return false end
-      rest = rest + difference
-    end
+end
+
+local function post(cell, start, revision, meta, vector)
+  if tonumber(start) < frozen_before then return 'FROZEN' end
+  local record = records[cell] or stored[cell]
+  local old = ''
+  if record then
+    local cut = find(record, '|', 1, true)
+    local known = tonumber(sub(record, 1, cut - 1))
+    local number = tonumber(revision)
+    old = sub(record, cut + 1)
+    if number < known then return 'OLDER' end
+    -- The same log up to the same place gives the same vector; another one came by another interleaving of
+    -- partitions, and goes out again with the next revision.
+    if number == known then return old == vector and 'POSTED' or 'OLDER' end
   end
-  if rest ~= 0 and not change_by('platform/revenue', format('%.0f', -rest)) then return false end
-  if #staged > 0 then
-    local reference = format('%d', #metadata)
-    for _, change in ipairs(staged) do
-      local account, state = change[1], change[2]
-      local before = state.balance
-      state.balance, state.seq, state.changed = change[4], state.seq + 1, true
-      lines[#lines + 1] = line(account, state, change[3], before, reasons[sub(account, 1, 1)], reference)
-    end
-  end
-  return true, #staged > 0
+  local count = difference(old, vector)
+  if not stage(count) then return 'OVER_LIMIT' end
+  if count > 0 then insert(metadata, meta) end
+  records[cell], starts[cell] = revision .. '|' .. vector, start
+  return 'POSTED'
 end
 
 local index = 5
-for _ = 1, tonumber(ARGV[3]) do
-  local cell, start, revision = ARGV[index], ARGV[index + 1], ARGV[index + 2]
-  local meta, count = ARGV[index + 3], tonumber(ARGV[index + 4])
+for _ = 1, cells do
+  insert(reply, post(ARGV[index], ARGV[index + 1], ARGV[index + 2], ARGV[index + 3], ARGV[index + 4]))
   index = index + 5
-  local new, order = {}, {}
-  for _ = 1, count do
-    new[ARGV[index]] = ARGV[index + 1]
-    order[#order + 1] = ARGV[index]
-    index = index + 2
-  end
-  local answer = 'POSTED'
-  if tonumber(start) < frozen_before then
-    answer = 'FROZEN'
-  else
-    local known = read_record(cell)
-    local number = tonumber(revision)
-    if number < known.revision then
-      answer = 'OLDER'
-    elseif number == known.revision then
-      -- The same log up to the same place gives the same vector; another one came by another interleaving of
-      -- partitions, and goes out again with the next revision.
-      if not same_amounts(known.amounts, new) then answer = 'OLDER' end
-    else
-      local gone = {}
-      for account in pairs(known.amounts) do
-        if not new[account] then gone[#gone + 1] = account end
-      end
-      table.sort(gone)
-      for _, account in ipairs(gone) do order[#order + 1] = account end
-      local fits, posted = stage(order, known.amounts, new)
-      if fits then
-        if posted then metadata[#metadata + 1] = meta end
-        for _, account in ipairs(gone) do order[#order] = nil end
-        local record = {}
-        for position, account in ipairs(order) do record[position] = account .. '=' .. new[account] end
-        records[cell] = revision .. '|' .. table.concat(record, ';')
-        vectors[cell] = {revision = number, amounts = new}
-        live_cells[cell] = start
-      else
-        answer = 'OVER_LIMIT'
-      end
-    end
-  end
-  reply[#reply + 1] = answer
 end
 
 local endings = {}
 for _ = 1, tonumber(ARGV[4]) do
-  endings[#endings + 1] = ARGV[index]
+  insert(endings, ARGV[index])
   index = index + 1
 end
 
 -- From here on only writes. All of them happen or none: the script is one unit in the append-only file.
 write_accounts(at)
-for cell, record in pairs(records) do
-  call('SET', 'cell:' .. cell, record)
-  call('ZADD', 'cells', live_cells[cell], cell)
+local pairs_to_set, scores = {}, {}
+local function write_records()
+  if #scores > 0 then
+    call('MSET', unpack(pairs_to_set))
+    call('ZADD', 'cells', unpack(scores))
+    pairs_to_set, scores = {}, {}
+  end
 end
+for cell, record in pairs(records) do
+  insert(pairs_to_set, 'cell:' .. cell)
+  insert(pairs_to_set, record)
+  insert(scores, starts[cell])
+  insert(scores, cell)
+  if #scores >= 2 * AT_ONCE then write_records() end
+end
+write_records()
 if #lines > 0 or #endings > 0 then
   call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'at', at,
     'cells', '[' .. table.concat(metadata, ',') .. ']',

@@ -183,11 +183,11 @@ def test_one_call_is_one_entry_with_all_its_lines(bench: Bench) -> None:
     (entry,) = bench.entries()
     told = [(line.account, line.change_us, line.balance_after_us, line.reason) for line in entry.lines]
     assert told == [
-        ("user/u-1", -70, -70, "charge"),
         ("node/n-1", 20, 20, "credit"),
+        ("user/u-1", -70, -70, "charge"),
         ("platform/revenue", 50, 50, "revenue"),
     ]
-    line = entry.lines[0]
+    line = entry.lines[1]
     assert (line.cell_id, line.revision, line.room_id, line.session_id, line.rate_version) == (
         f"room/r-1@{START_MS}", 1, "r-1", "", "v1",
     )  # fmt: skip
