@@ -108,6 +108,8 @@ class FenceKeeper:
     def _move(self) -> None:
         """Raise the fence behind the slowest partition, once all of them have a position."""
         assert self._progress.log is not None
+        if not self._book.known_fence_ms and not self._client.zcard(redis_keys.LIVE_CELLS):
+            return  # Nothing was ever settled: there is nothing to freeze, and nobody to be called late.
         known = self._client.hgetall(redis_keys.POSITIONS)
         names = [f"{self._topic}/{n}".encode() for n in range(self._progress.log.partition_count)]
         if not all(name in known for name in names):

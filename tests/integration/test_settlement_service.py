@@ -28,11 +28,19 @@ LAG_MS = 120_000
 
 @contextmanager
 def keeping(
-    settings: Settings, client: redis.Redis, topic: str, progress: Progress, said: list[str]
+    settings: Settings,
+    client: redis.Redis,
+    topic: str,
+    progress: Progress,
+    said: list[str],
+    *,
+    settled: bool = True,
 ) -> Iterator[RedisBalances]:
     """A keeper of the fence at work."""
     client.set(redis_keys.EPOCH, 1)
     book = RedisBalances(client, 1, 1_000)
+    if settled:
+        book.post([Emission("session/s", [CellPosting("session/s@0", 0, 1, {"user/u": -1}, "")], None, [])])
     keeper = FenceKeeper(
         settings.kafka, topic, client, book, progress, lag_ms=LAG_MS, interval_s=0.05, say=said.append
     )
@@ -64,6 +72,21 @@ def test_the_fence_follows_the_slowest_partition_by_whole_windows(
         wait_until(lambda: fence(redis_client) == 600_000_000 - LAG_MS, "the other partition holds it")
         progress.commit(1, Committed(0, 0, at_end_ms=600_000_000 + 2 * WINDOW_MS))
         wait_until(lambda: fence(redis_client) == 600_000_000 + 2 * WINDOW_MS - LAG_MS, "it moves on")
+
+
+def test_the_fence_stays_where_nothing_was_ever_settled(
+    settings: Settings, make_topic: MakeTopic, redis_client: redis.Redis
+) -> None:
+    """The first events of a new system are not late, however long it waited for them."""
+    topic = make_topic(1)
+    progress = Progress()
+    source(settings, topic, progress=progress)
+    with keeping(settings, redis_client, topic, progress, [], settled=False) as book:
+        progress.commit(0, Committed(0, 0, at_end_ms=600_000_000))
+        time.sleep(0.3)
+        assert fence(redis_client) == 0
+        book.post([Emission("session/s", [CellPosting("session/s@0", 0, 1, {"user/u": -1}, "")], None, [])])
+        wait_until(lambda: fence(redis_client) == 600_000_000 - LAG_MS, "the fence moves")
 
 
 def test_a_flow_that_does_not_know_of_the_newest_messages_holds_the_fence(

@@ -20,6 +20,14 @@ from metering.settle import settle_lines
 from schemas.rate_card import load_rate_card
 from schemas.settings import Settings
 from tests.support.commands import clean_environment, metering
+from tests.support.processes import children, wait_until
+
+MARKS = {
+    "broker": ("tansu", "kafka.Kafka"),
+    "redis": ("valkey-server",),
+    "clickhouse": ("app.embedded.clickhouse",),
+}
+"""What tells a server's command line."""
 
 BROKERS = {"": "tansu", "tansu": "tansu", "apache": "apache"}
 START_DEADLINE_S = 120.0
@@ -80,6 +88,19 @@ class World:
             if not found or time.monotonic() > deadline_s:
                 return found
             time.sleep(0.2)
+
+    def pid_of(self, name: str) -> int | None:
+        """The process of a server ("broker", "redis", "clickhouse") or a flow, as the supervisor's child."""
+        marks = MARKS.get(name, (f"app.dataflows:{name}()",))
+        found = [pid for pid, line in children(self.pid).items() if any(mark in line for mark in marks)]
+        return found[0] if found else None
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, as soon as it runs."""
+        wait_until(lambda: self.pid_of(name) is not None, f"{name} runs", 60)
+        pid = self.pid_of(name)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
 
     def query(self, sql: str) -> list[tuple[object, ...]]:
         """Rows from ClickHouse; `{database}` stands for the database."""
