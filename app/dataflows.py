@@ -20,6 +20,7 @@ import redis
 from bytewax.dataflow import Dataflow
 from clickhouse_connect.driver.client import Client
 from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
 from prometheus_client import start_http_server
 
 import flows.ledger
@@ -29,12 +30,14 @@ from app.books import check_log, expected_epoch, register_rates
 from app.clients import clickhouse_client, redis_client
 from app.errors import CommandError
 from app.fence_keeper import FenceKeeper
+from app.migrate import require_append_time
 from flows.settlement import SettlementRules
 from metering.cells import WINDOW_MS, window_start_ms
 from metering.ports import WrongRedis
 from schemas.decode import FUTURE_TOLERANCE_MS
 from schemas.ports import StoreRefused
 from schemas.rate_card import load_rate_card
+from schemas.rejections import RejectReason
 from schemas.settings import Settings, SettingsError, load_settings, one_line
 from schemas.topics import COMMANDS, DEAD_LETTERS, EVENTS
 from sinks.balances import RedisBalances, heals
@@ -72,6 +75,7 @@ def ledger() -> Dataflow:
 
 
 def _settlement(settings: Settings) -> Dataflow:
+    metrics.start_known_series("settlement", [reason.value for reason in RejectReason])
     card = load_rate_card(settings.rate_card)
     client = redis_client(settings)
     book = RedisBalances(
@@ -93,7 +97,7 @@ def _settlement(settings: Settings) -> Dataflow:
             f"{fence_ms} ms are frozen, `metering resettle` settles them from the usage store"
         )
 
-    events = _source(settings, EVENTS, progress=progress, on_missing_head=raise_fence_past)
+    events = kafka_source(settings, EVENTS, progress=progress, on_missing_head=raise_fence_past)
     log = events.log
     revision_base = check_log(client, EVENTS, log)
     FenceKeeper(
@@ -108,7 +112,7 @@ def _settlement(settings: Settings) -> Dataflow:
     ).start()
     return flows.settlement.build_flow(
         events,
-        _source(settings, COMMANDS),
+        kafka_source(settings, COMMANDS),
         DeadLetterSink(
             lambda: KafkaDeadLetters(settings.kafka, EVENTS, log.topic_id, _counted("Kafka, dead letters"))
         ),
@@ -127,8 +131,8 @@ def _settlement(settings: Settings) -> Dataflow:
 def _usage_store(settings: Settings) -> Dataflow:
     linger = timedelta(milliseconds=settings.usage_linger_ms)
     return flows.usage_store.build_flow(
-        _source(settings, EVENTS, linger=linger),
-        _source(settings, DEAD_LETTERS, linger=linger, with_headers=True),
+        kafka_source(settings, EVENTS, linger=linger),
+        kafka_source(settings, DEAD_LETTERS, linger=linger, with_headers=True),
         ClickHouseUsageStore(
             _clickhouse(settings), settings.clickhouse_database, on_retry=_counted("ClickHouse, usage")
         ),
@@ -148,7 +152,7 @@ def _ledger(settings: Settings) -> Dataflow:
     return flows.ledger.build_flow(OutboxSource(client, heals), journal, keeper)
 
 
-def _source(
+def kafka_source(
     settings: Settings,
     topic: str,
     *,
@@ -157,7 +161,8 @@ def _source(
     linger: timedelta = timedelta(0),
     on_missing_head: Callable[[str, int, int], None] | None = None,
 ) -> KafkaSource:
-    return KafkaSource(
+    """A topic as these settings say. Raises CommandError when its messages are not stamped by the broker."""
+    source = KafkaSource(
         settings.kafka,
         topic,
         now_ms,
@@ -167,6 +172,10 @@ def _source(
         linger=linger,
         on_missing_head=on_missing_head,
     )
+    if settings.broker_append_time:
+        # The source looks at the messages too: a broker may say so and not do it.
+        require_append_time(AdminClient({"bootstrap.servers": settings.kafka}), topic)
+    return source
 
 
 def _clickhouse(settings: Settings) -> Client:

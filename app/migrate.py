@@ -217,7 +217,7 @@ def create_topics(
     _await_topics(admin, bootstrap, list(topics), timeout_s)
     if broker_append_time:
         for name in topics:
-            _require_append_time(admin, name, timeout_s)
+            require_append_time(admin, name, timeout_s)
     return created
 
 
@@ -261,7 +261,8 @@ def _await_topics(admin: AdminClient, bootstrap: str, names: list[str], timeout_
         time.sleep(0.05)
 
 
-def _require_append_time(admin: AdminClient, name: str, timeout_s: float) -> None:
+def require_append_time(admin: AdminClient, name: str, timeout_s: float = KAFKA_TIMEOUT_S) -> None:
+    """Raise MigrationError, one line, unless the topic says that the broker stamps its messages."""
     resource = ConfigResource(ResourceType.TOPIC, name)
     try:
         [outcome] = admin.describe_configs([resource], request_timeout=timeout_s).values()

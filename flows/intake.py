@@ -13,7 +13,7 @@ from schemas.rejections import Rejected, RejectReason
 
 
 def accept(message: RawMessage, card: RateCard) -> Event:
-    """The event of a message. Raises Rejected for whatever DESIGN's validation refuses, and for no rate."""
+    """The event of a message. Raises Rejected for whatever is not valid, and for usage without a rate."""
     event = decode_event(message.value)
     check_append_time(event.time_ms, message.appended_at_ms)
     if isinstance(event, Usage) and card.version_at(event.time_ms) is None:

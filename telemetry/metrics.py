@@ -34,6 +34,12 @@ OUTBOX_ENTRIES = Gauge("metering_outbox_entries", "Entries in the outbox, draine
 LIVE_SCOPES = Gauge("metering_live_scopes", "Scopes whose state is kept")
 
 
+def start_known_series(flow: str, reasons: Iterable[str]) -> None:
+    """Start the series of dead letters at zero: a rate over a series that begins with its first count is none."""
+    for reason in reasons:
+        DEAD_LETTERS.labels(flow, reason)
+
+
 class LatencyHistogram(Collector):
     """Seconds from the broker's append of a usage event to its posting on the balances.
 

@@ -8,6 +8,8 @@ import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
 
+from app.dataflows import kafka_source
+from app.migrate import MigrationError
 from schemas.settings import Settings
 from sources.kafka import WrongLog
 from tests.integration.test_kafka_source import read, reading, send, source
@@ -81,12 +83,15 @@ def test_a_topic_that_grew_is_another_log(settings: Settings, make_topic: MakeTo
 
 
 def test_a_topic_stamped_by_producers_is_refused(settings: Settings) -> None:
-    """Lateness and the check against the future rely on the broker's clock."""
+    """Lateness and the check against the future rely on the broker's clock. The flow sees it in the topic's
+    settings when it starts, and the source in the messages, should the settings say otherwise."""
     admin = AdminClient({"bootstrap.servers": settings.kafka})
     topic = "test.create-time"
     config = {"message.timestamp.type": "CreateTime"}
     for done in admin.create_topics([NewTopic(topic, 1, 1, config=config)]).values():
         done.result()
+    with pytest.raises(MigrationError, match="it must be LogAppendTime"):
+        kafka_source(settings, topic)
     send(settings, topic, [b"0"])
     with (
         reading(source(settings, topic), topic) as part,

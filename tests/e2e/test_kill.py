@@ -16,7 +16,16 @@ from tests.support.commands import metering
 from tests.support.processes import wait_until
 from tests.support.world import running_world
 
-VICTIMS = ("settlement", "usage_store", "ledger", "redis", "settlement", "clickhouse", "usage_store", "ledger")
+VICTIMS = (
+    "settlement",
+    "usage_store",
+    "ledger",
+    "redis",
+    "settlement",
+    "clickhouse",
+    "usage_store",
+    "ledger",
+)
 
 
 def counts_as_usage(settling: Settling, message: bytes) -> bool:
