@@ -14,8 +14,10 @@ from bytewax.testing import TestingSink, TestingSource, cluster_main, run_main
 
 from app.workload import TransportEffects, WorkloadSpec, generate
 from flows.settlement import Refused, SettlementRules, build_flow
-from metering.live import Displaced
+from metering.cells import window_start_ms
+from metering.live import CellPosting, Displaced, Emission
 from metering.settle import settle_lines
+from schemas.decode import decode_event
 from schemas.messages import RawMessage
 from schemas.rate_card import load_rate_card
 from schemas.records import DeadLetter
@@ -97,6 +99,32 @@ def test_a_flow_that_crashes_again_and_again_charges_nothing_twice(seed: int, tm
         )
     assert nonzero(book) == pure(lines)
     assert sum(book.balances().values()) == 0
+
+
+def test_a_posting_that_was_answered_older_goes_out_again_with_a_later_event() -> None:
+    """The book knows a higher revision of the cell, from another interleaving before a crash: what the flow posts
+    first is refused, and must not be forgotten when an event of another window brings a higher revision."""
+    lines = [
+        line for line in workload(seed=3, events=300) if b"utterance" in line and b'"room_id"' not in line
+    ]
+    session = json.loads(lines[0])["data"]["session_id"].encode()
+    ours = [line for line in lines if session in line]
+    first = ours[0]
+    later = next(line for line in ours if json.loads(line)["time"][:16] > json.loads(first)["time"][:16])
+    scope = f"session/{session.decode()}"
+    window = window_start_ms(decode_event(first).time_ms)
+    book = MemoryBalances()
+    stale = CellPosting(f"{scope}@{window}", window, 2, {"user/u-gone": -5}, "")
+    book.post([Emission(scope, [stale], None, [])])
+    batches = [
+        [RawMessage("lingua.events", 0, 0, None, first, CLOCK_MS)],
+        [RawMessage("lingua.events", 0, 5, None, later, CLOCK_MS)],
+    ]
+    flow = build_flow(
+        TestingSource(batches), TestingSource([]), TestingSink([]), book, rules(), lambda: CLOCK_MS
+    )
+    run_main(flow)
+    assert nonzero(book) == pure([first, later])
 
 
 def test_what_is_refused_keeps_its_bytes_and_place() -> None:
