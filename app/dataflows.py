@@ -171,6 +171,7 @@ def kafka_source(
         with_headers=with_headers,
         linger=linger,
         on_missing_head=on_missing_head,
+        on_retry=_counted(f"Kafka, read {topic}"),
     )
     if settings.broker_append_time:
         # The source looks at the messages too: a broker may say so and not do it.
@@ -191,7 +192,9 @@ def _counted(effect: str) -> Callable[[Exception], None]:
         metrics.RETRIES.labels(effect).inc()
         if time.monotonic() - said_at > 10:
             said_at = time.monotonic()
-            say(f"{effect}: trying again: {one_line(str(error))}")
+            # Kafka's exceptions hold an error that says more than they do.
+            reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
+            say(f"{effect}: trying again: {one_line(reason)}")
 
     return on_retry
 

@@ -19,7 +19,7 @@ from confluent_kafka.admin import AdminClient
 from metering.cells import window_start_ms
 from metering.ports import BalanceBook
 from schemas import redis_keys
-from sources.kafka import Committed, Progress, WrongLog, consumer_settings, describe_log
+from sources.kafka import SILENT, Committed, Progress, WrongLog, consumer_settings, describe_log
 from telemetry import metrics
 
 ROUND_TRIP_S = 5.0
@@ -61,8 +61,8 @@ class FenceKeeper:
         self._thread.join(timeout=ROUND_TRIP_S * 4)
 
     def _run(self) -> None:
-        admin = AdminClient({"bootstrap.servers": self._bootstrap})
-        consumer = Consumer(consumer_settings(self._bootstrap))
+        admin = AdminClient({"bootstrap.servers": self._bootstrap}, logger=SILENT)
+        consumer = Consumer(consumer_settings(self._bootstrap), logger=SILENT)
         while not self._stopped.wait(self._interval_s):
             try:
                 self._check_log(admin)

@@ -157,7 +157,9 @@ class Settings(BaseSettings):
         default=3_600, description="seconds that drained entries stay in the Redis stream"
     )
     metrics_port: Annotated[Count, Field(ge=0, le=65_535)] = Field(
-        default=0, description="TCP port of a process's Prometheus metrics; 0 is off"
+        default=0,
+        description="TCP port of a process's Prometheus metrics; 0 is off. Under `metering up` the flows take "
+        "this port and the next ones, in the order settlement, usage_store, ledger",
     )
     epoch_interval_s: Seconds = Field(
         default=10.0, description="seconds between two snapshots of a flow (Bytewax's epoch interval)"

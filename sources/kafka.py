@@ -11,6 +11,7 @@ Laws:
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections import deque
@@ -45,6 +46,14 @@ ROUND_TRIP_S = 10.0
 COMMITTED_AFTER_SNAPSHOTS = 2
 """A snapshot is surely committed when the second one after it is taken: Bytewax reads the input of an epoch
 only after every earlier one has gone through all sinks."""
+
+
+SILENT = logging.Logger("librdkafka", logging.CRITICAL)
+"""For clients whose troubles are reported by this project's own lines."""
+
+
+def ignore_retry(error: Exception) -> None:
+    """The default for `on_retry`: nobody counts."""
 
 
 class WrongLog(Exception):
@@ -120,6 +129,7 @@ def consumer_settings(bootstrap: str) -> dict[str, object]:
         "enable.auto.offset.store": False,
         "auto.offset.reset": "error",
         "enable.partition.eof": True,
+        "reconnect.backoff.ms": 200,
         # A broker that polls for a long-poll's sake answers late: half this time is added to the latency.
         "fetch.wait.max.ms": 20,
         "fetch.error.backoff.ms": 100,
@@ -147,6 +157,7 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
         with_headers: bool,
         linger: timedelta,
         on_missing_head: MissingHead | None,
+        on_retry: Callable[[Exception], None],
     ) -> None:
         self._consumer = consumer
         self._topic, self._partition = start.topic, start.partition
@@ -158,6 +169,7 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
         self._with_headers = with_headers
         self._linger = linger
         self._on_missing_head = on_missing_head
+        self._on_retry = on_retry
         self._last_appended_at_ms = 0
         self._awake_at: datetime | None = None
         self._busy_until = datetime.now(UTC)
@@ -236,7 +248,7 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
             # Of a partition whose messages were all deleted this is the only word on where it goes on.
             self._next_offset = max(self._next_offset, message.offset() or 0)
         else:
-            metrics.RETRIES.labels("read from Kafka").inc()
+            self._on_retry(KafkaException(error))
         return False
 
     def next_awake(self) -> datetime | None:
@@ -277,7 +289,8 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
     """All partitions of one topic.
 
     `broker_append_time=False` stamps messages with this process's own clock, for a broker that cannot.
-    `linger` is how long to gather messages for one batch. Raises WrongLog, or KafkaException without a broker.
+    `linger` is how long to gather messages for one batch; `on_retry` hears of what the client tries again, such as
+    a broker that is away. Raises WrongLog, or KafkaException without a broker.
     """
 
     def __init__(
@@ -291,6 +304,7 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
         with_headers: bool = False,
         linger: timedelta = timedelta(0),
         on_missing_head: MissingHead | None = None,
+        on_retry: Callable[[Exception], None] = ignore_retry,
     ) -> None:
         self._bootstrap = bootstrap
         self._topic = topic
@@ -300,6 +314,7 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
         self._with_headers = with_headers
         self._linger = linger
         self._on_missing_head = on_missing_head
+        self._on_retry = on_retry
         self._log = describe_log(AdminClient({"bootstrap.servers": bootstrap}), topic)
         self._progress.log = self._log
 
@@ -322,7 +337,9 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
             head_untold = position.head_untold
             self._check_same_log(position)
             start.offset = position.next_offset
-        consumer = Consumer(consumer_settings(self._bootstrap))
+        # The client tries for ever by itself; it only has to be said, and not ten times a second.
+        reported = {"error_cb": lambda error: self._on_retry(KafkaException(error))}
+        consumer = Consumer(consumer_settings(self._bootstrap) | reported, logger=SILENT)
         return KafkaPartition(
             consumer,
             start,
@@ -333,6 +350,7 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
             with_headers=self._with_headers,
             linger=self._linger,
             on_missing_head=self._on_missing_head if head_untold else None,
+            on_retry=self._on_retry,
         )
 
     def _check_same_log(self, position: SourcePosition) -> None:
