@@ -18,6 +18,9 @@ def main() -> None:
     parser.add_argument("--broker", choices=["tansu", "apache"], default="tansu")
     parser.add_argument("--events", type=int, default=200_000, help="distinct events of the backlog")
     parser.add_argument("--runs", type=int, default=3, help="turns of the bare consumer and the flow")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="processes of the flow, as a Bytewax cluster"
+    )
     parser.add_argument("--rate", type=int, default=1_000, help="events a second for the latency")
     parser.add_argument("--seconds", type=int, default=20, help="how long that load lasts")
     options = parser.parse_args()
@@ -25,15 +28,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         with broker_and_redis(directory, options.broker) as servers:
-            result = throughput.measure(servers, directory, options.events, options.runs)
+            result = throughput.measure(servers, directory, options.events, options.runs, options.processes)
         print(f"backlog: {result.messages:,} messages, {result.cells:,} cells, {options.runs} turns each")
         for name, seconds in (
             ("bare consumer, poll()", result.polling_s),
             ("bare consumer, consume()", result.consuming_s),
-            ("settlement flow", result.flow_s),
+            (f"settlement flow, {options.processes} proc.", result.flow_s),
         ):
             runs = ", ".join(f"{result.messages / each:,.0f}" for each in seconds)
-            print(f"  {name:24} {result.rate(seconds):>10,.0f} events/s (median of {runs})")
+            print(f"  {name:26} {result.rate(seconds):>10,.0f} events/s (median of {runs})")
         polling, consuming = result.ratio(result.polling_s), result.ratio(result.consuming_s)
         print(
             f"  ratio flow / bare consumer: {polling:.2f} to poll(), {consuming:.2f} to consume() "

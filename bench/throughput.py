@@ -21,6 +21,7 @@ import redis
 from bytewax.recovery import init_db_dir
 from confluent_kafka import Producer
 
+from app.embedded import process
 from app.migrate import create_topics
 from app.workload import TransportEffects, WorkloadSpec, generate
 from bench.services import Servers
@@ -52,7 +53,7 @@ class Throughput:
         return median(bare / flow for bare, flow in zip(bare_s, self.flow_s, strict=True))
 
 
-def measure(servers: Servers, directory: Path, events: int, runs: int) -> Throughput:
+def measure(servers: Servers, directory: Path, events: int, runs: int, processes: int = 1) -> Throughput:
     """Fill the topic once, then let both read it `runs` times."""
     start_ms = int(time.time() * 1000) - 20 * 60_000
     effects = TransportEffects(duplicates=0.05, disorder=0.1)
@@ -69,7 +70,7 @@ def measure(servers: Servers, directory: Path, events: int, runs: int) -> Throug
     for run in range(runs):
         polling_s.append(_bare_consumer("poll", servers.kafka, len(lines)))
         consuming_s.append(_bare_consumer("consume", servers.kafka, len(lines)))
-        flow_s.append(_flow(servers, directory / f"run-{run}", dict(balances)))
+        flow_s.append(_flow(servers, directory / f"run-{run}", dict(balances), processes))
     return Throughput(len(lines), len({line.cell_id for line in settled}), polling_s, consuming_s, flow_s)
 
 
@@ -93,7 +94,7 @@ def _bare_consumer(how: str, bootstrap: str, messages: int) -> float:
     return float(done.stdout)
 
 
-def _flow(servers: Servers, directory: Path, balances: dict[str, int]) -> float:
+def _flow(servers: Servers, directory: Path, balances: dict[str, int], processes: int) -> float:
     client = redis.Redis.from_url(servers.redis)
     client.flushall()
     client.set(redis_keys.EPOCH, 1)
@@ -101,30 +102,35 @@ def _flow(servers: Servers, directory: Path, balances: dict[str, int]) -> float:
     recovery = directory / "recovery"
     recovery.mkdir(parents=True)
     init_db_dir(recovery, 1)  # type: ignore[no-untyped-call]
-    ready = directory / "ready"
-    environment = os.environ | servers.environment
-    environment |= {"METERING_READY_FILE": str(ready), "METERING_STATE_DIR": str(directory)}
+    environment = os.environ | servers.environment | {"METERING_STATE_DIR": str(directory)}
     command = [sys.executable, "-m", "bytewax.run", "app.dataflows:settlement()"]
+    command += ["-r", str(recovery), "-s", "10", "-b", "0"]
+    addresses = ";".join(f"127.0.0.1:{process.free_port()}" for _ in range(processes))
+    flows = []
     with (directory / "flow.log").open("wb") as log:
-        flow = subprocess.Popen(
-            [*command, "-r", str(recovery), "-s", "10", "-b", "0"], env=environment, stdout=log, stderr=log
-        )
         try:
-            while not ready.exists():
-                _must_run(flow, directory)
+            for number in range(processes):
+                place = ["-i", str(number), "-a", addresses] if processes > 1 else []
+                ready = {"METERING_READY_FILE": str(directory / f"ready-{number}")}
+                flows.append(
+                    subprocess.Popen(command + place, env=environment | ready, stdout=log, stderr=log)
+                )
+            while len(list(directory.glob("ready-*"))) < processes:
+                _must_run(flows, directory)
                 time.sleep(0.005)
             started = time.perf_counter()
             while not _settled(client, balances):
-                _must_run(flow, directory)
+                _must_run(flows, directory)
                 time.sleep(0.01)
             return time.perf_counter() - started
         finally:
-            flow.terminate()
-            flow.wait()
+            for flow in flows:
+                flow.kill()
+                flow.wait()
 
 
-def _must_run(flow: subprocess.Popen[bytes], directory: Path) -> None:
-    if flow.poll() is not None:
+def _must_run(flows: list[subprocess.Popen[bytes]], directory: Path) -> None:
+    if any(flow.poll() is not None for flow in flows):
         raise RuntimeError(f"the flow ended: {(directory / 'flow.log').read_text()[-2000:]}")
 
 

@@ -5,31 +5,31 @@ from __future__ import annotations
 from metering.live import Located
 from schemas.dead_letter_headers import letter_from
 from schemas.decode import check_append_time, decode_event
-from schemas.events import Event, Usage
+from schemas.events import Usage
 from schemas.messages import RawMessage
 from schemas.rate_card import RateCard
 from schemas.records import DeadLetter
 from schemas.rejections import Rejected, RejectReason
 
 
-def accept(message: RawMessage, card: RateCard) -> Event:
-    """The event of a message. Raises Rejected for whatever is not valid, and for usage without a rate."""
-    event = decode_event(message.value)
-    check_append_time(event.time_ms, message.appended_at_ms)
-    if isinstance(event, Usage) and card.version_at(event.time_ms) is None:
-        raise Rejected(RejectReason.NO_RATE, "usage before the first version of the rate card")
-    return event
-
-
 def accept_batch(
     batch: list[RawMessage], card: RateCard
 ) -> tuple[list[Located], list[tuple[RawMessage, Rejected]]]:
-    """The accepted events of a batch, where they stand, and what was refused; both in the batch's order."""
+    """The accepted events of a batch, where they stand, and what was refused; both in the batch's order.
+
+    Refused is whatever is not valid, lies too far ahead of its append time, or is usage before the first rates.
+    """
     accepted: list[Located] = []
     refused: list[tuple[RawMessage, Rejected]] = []
+    first_rates_ms = card.versions[0].effective_from_ms
     for message in batch:
         try:
-            event = accept(message, card)
+            event = decode_event(message.value)
+            # Nearly every event is older than its message, and younger than the rate card.
+            if event.time_ms > message.appended_at_ms:
+                check_append_time(event.time_ms, message.appended_at_ms)
+            if event.time_ms < first_rates_ms and isinstance(event, Usage):
+                raise Rejected(RejectReason.NO_RATE, "usage before the first version of the rate card")
         except Rejected as rejected:
             refused.append((message, rejected))
         else:
