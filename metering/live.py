@@ -31,6 +31,7 @@ from metering.cells import WINDOW_MS, cell_id, cell_vector, is_room, window_star
 from metering.identity import body_digest, identity_digest, position
 from metering.money import REVENUE
 from metering.presence import PRESENCE_MAX_MS, Presence
+from metering.pricing import gpu_credit_us, stages_cost_us
 from schemas.events import Event, Lifecycle, LifecycleKind, Usage
 from schemas.messages import RawMessage
 from schemas.rate_card import RateCard, RateVersion
@@ -190,8 +191,8 @@ class _Window:
             self.last_rates = rates
         assert rates is not None
         costs, credits = self.cost_us_by_user, self.credit_us_by_node
-        costs[user] = costs.get(user, 0) + asr * rates.asr + nmt * rates.nmt + tts * rates.tts
-        credits[node] = credits.get(node, 0) + gpu * rates.node_credit
+        costs[user] = costs.get(user, 0) + stages_cost_us(asr, nmt, tts, rates)
+        credits[node] = credits.get(node, 0) + gpu_credit_us(gpu, rates)
         self.usage_events += 1
         self.had_usage = True
 
@@ -492,11 +493,6 @@ class LiveScope:
     def forgettable(self) -> bool:
         """Whether dropping this state would change no later vector."""
         return not self._open and not self._windows and self._presence.empty
-
-    @property
-    def live_windows(self) -> int:
-        """How many windows are kept."""
-        return len(self._windows)
 
     def snapshot(self) -> bytes:
         """The whole state; windows that did not change since the last snapshot are only copied."""

@@ -61,8 +61,3 @@ class Lifecycle(msgspec.Struct, frozen=True, gc=False):
 
 
 Event = Usage | Lifecycle
-
-
-def same_body(left: Event, right: Event) -> bool:
-    """Whether a repeat of an identity says the same thing: type, time (in ms) and data."""
-    return type(left) is type(right) and left == right
