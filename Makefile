@@ -4,9 +4,11 @@
 BIN := .venv/bin
 STAMP := .venv/.installed
 DIR ?= var/up
+SEEDS ?= 10000
+CHAOS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up test test-kafka check bench lock clean
+.PHONY: help setup demo up test test-kafka check bench simulate chaos lock clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -34,6 +36,12 @@ check: $(STAMP)  ## formatting, lint, types, the direction of imports, and wheth
 
 bench: $(STAMP)  ## throughput and latency, on this machine
 	$(BIN)/python -m bench
+
+simulate: $(STAMP) ## settlement under crashes in one process, SEEDS worlds (default 10000)
+	$(BIN)/python -m simulation --seeds $(SEEDS)
+
+chaos: $(STAMP)  ## kill every process of real servers under load and compare the books (needs Java; CHAOS=options)
+	$(BIN)/python -m chaos $(CHAOS)
 
 lock: $(STAMP)   ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --generate-hashes \

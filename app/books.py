@@ -7,6 +7,7 @@ what to run. Nothing here moves money.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import redis
@@ -19,6 +20,9 @@ from schemas.settings import Settings
 from sources.kafka import LogIdentity
 
 EPOCH_FILE = "epoch"
+
+ENTRY_FILE = "entries"
+"""In the state directory: the epoch, and the number of the last outbox entry that a flow has seen in it."""
 
 REVISION_BITS = 40
 """A log has room for a million million messages; 8 000 logs fit into what Lua counts exactly (53 bits)."""
@@ -35,6 +39,8 @@ def expected_epoch(settings: Settings, client: redis.Redis) -> int:
     """
     file = settings.state_dir / EPOCH_FILE
     stored = client.get(redis_keys.EPOCH)
+    if stored is None and client.exists(redis_keys.REBUILDING):
+        raise BooksDiffer("Redis is being rebuilt: `metering rebuild-balances` has not come to its end")
     if stored is None:
         raise BooksDiffer(
             f"Redis has no epoch: a new one needs `metering migrate`, an emptied one `metering rebuild-balances`"
@@ -54,6 +60,37 @@ def expected_epoch(settings: Settings, client: redis.Redis) -> int:
     return epoch
 
 
+def seen_entry(settings: Settings, client: redis.Redis, epoch: int) -> int:
+    """The last outbox entry that this state directory knows of; 0 when it knows none of this epoch.
+
+    Raises BooksDiffer when Redis has fewer: it came back without its end.
+    """
+    file = settings.state_dir / ENTRY_FILE
+    if not file.exists():
+        return 0
+    known_epoch, number = map(int, file.read_text(encoding="ascii").split())
+    if known_epoch != epoch:
+        return 0
+    entries = int(client.get(redis_keys.ENTRIES) or 0)
+    if entries < number:
+        raise BooksDiffer(
+            f"Redis has {entries} outbox entries, {file} knows {number}: it came back without its end. "
+            "Run `metering rebuild-balances`"
+        )
+    return number
+
+
+def remember_entry(settings: Settings, epoch: int, number: int) -> None:
+    """Keep what a running flow has seen, for the next one."""
+    write_whole(settings.state_dir / ENTRY_FILE, f"{epoch} {number}\n")
+
+
+def remembered_epoch(settings: Settings) -> int:
+    """The epoch that this state directory knows; 0 when it knows none."""
+    file = settings.state_dir / EPOCH_FILE
+    return int(file.read_text(encoding="ascii")) if file.exists() else 0
+
+
 def check_log(client: redis.Redis, topic: str, found: LogIdentity) -> int:
     """Claim the log for an empty book, or make sure that it is the one that revisions were counted in.
 
@@ -61,8 +98,9 @@ def check_log(client: redis.Redis, topic: str, found: LogIdentity) -> int:
     """
     known = _read_hash(client, redis_keys.LOG)
     if not known:
-        client.hset(redis_keys.LOG, mapping=_log_record(found, generation=0))  # type: ignore[arg-type]
-        return 0
+        generation = int(client.get(redis_keys.NEXT_GENERATION) or 0)
+        client.hset(redis_keys.LOG, mapping=_log_record(found, generation))  # type: ignore[arg-type]
+        return generation << REVISION_BITS
     if (known["topic_id"], known["partition_count"]) != (found.topic_id, str(found.partition_count)):
         raise BooksDiffer(
             f"topic {topic} (id {found.topic_id}, {found.partition_count} partitions) is not the log that the "
@@ -80,11 +118,21 @@ def adopt_log(client: redis.Redis, found: LogIdentity) -> None:
     known = _read_hash(client, redis_keys.LOG)
     if known.get("topic_id") == found.topic_id and known["partition_count"] == str(found.partition_count):
         return
-    generation = int(known["generation"]) + 1 if known else 0
+    generation = int(known["generation"]) + 1 if known else int(client.get(redis_keys.NEXT_GENERATION) or 0)
     pipeline = client.pipeline(transaction=True)
     pipeline.delete(redis_keys.POSITIONS)
     pipeline.hset(redis_keys.LOG, mapping=_log_record(found, generation))  # type: ignore[arg-type]
     pipeline.execute()
+
+
+def keep_generation(client: redis.Redis, newest: int) -> None:
+    """Make sure that revisions from now on are not counted below those of the `newest` generation in the archive,
+    in a Redis that may have forgotten which log it knew. A higher one harms nobody once no cell is live."""
+    known = _read_hash(client, redis_keys.LOG)
+    if known and int(known["generation"]) < newest:
+        client.hset(redis_keys.LOG, "generation", str(newest))
+    elif not known:
+        client.set(redis_keys.NEXT_GENERATION, newest + 1)
 
 
 def _log_record(log: LogIdentity, generation: int) -> dict[str, str]:
@@ -134,6 +182,7 @@ def _rates_text(version: RateVersion) -> str:
 def write_whole(file: Path, text: str) -> None:
     """Write a file so that a crash leaves the old one or the new one, never half."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(file.name + ".new")
+    # Several processes of one flow may write the same file.
+    draft = file.with_name(f"{file.name}.{os.getpid()}.new")
     draft.write_text(text, encoding="utf-8")
     draft.replace(file)

@@ -86,7 +86,7 @@ def generate(
     from app.workload.rttm import decode_turns, meeting_lengths_ms, meeting_starts_ms
 
     transport = workload.TransportEffects(duplicates=duplicates, disorder=disorder, late=late, junk=junk)
-    start_ms = None if start is None else _instant_ms(start)
+    start_ms = None if start is None else _instant_ms(start, "--start")
     if rttm is not None:
         with open_lines(rttm) as file:
             turns = decode_turns(file.read(), rttm)
@@ -111,13 +111,13 @@ def generate(
         write_messages(output, lines)
 
 
-def _instant_ms(text: str) -> int:
+def _instant_ms(text: str, option: str) -> int:
     from schemas.rfc3339 import parse_rfc3339_ms
 
     try:
         return parse_rfc3339_ms(text)
     except ValueError as problem:
-        raise CommandError(f"--start {text!r} {problem}", exit_code=2) from None
+        raise CommandError(f"{option} {text!r} {problem}", exit_code=2) from None
 
 
 def _now_ms() -> int:
@@ -240,6 +240,107 @@ def adopt_log() -> None:
         f"windows before {format_rfc3339_ms(adopted.frozen_before_ms)} are frozen; "
         "the flows will read the topic from its head"
     )
+
+
+@app.command()
+def resettle(
+    *,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            help="RFC 3339: compare every frozen window from there on; by default what may have changed"
+        ),
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(min=0, help="seconds to wait for the ledger and the usage store to catch up")
+    ] = 60.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Correct frozen minutes: charge late usage, and whatever else the live charges could not know.
+
+    Repeating it changes nothing; killed at any point, the next run does what is left. The process `audit` runs
+    it on a timer.
+    """
+    from app.repair.resettle import run_resettle
+    from schemas.rfc3339 import format_rfc3339_ms
+    from schemas.settings import load_settings
+
+    since_ms = None if since is None else _instant_ms(since, "--since")
+    done = run_resettle(load_settings(), since_ms=since_ms, patience_s=patience)
+    if as_json:
+        _print_json([done])
+    if done.superseded:
+        raise CommandError(f"resettle {done.token} was overtaken by a newer one")
+    _say(
+        f"resettle {done.token}: {done.cells} cells of {done.scopes} scopes corrected, {done.changes} changes, "
+        f"{done.moved_us} us moved; complete before {format_rfc3339_ms(done.frozen_before_ms)}"
+    )
+    if done.refused:
+        raise CommandError(f"{done.refused} cells would move more than is possible and were left alone")
+
+
+@app.command(name="rebuild-balances")
+def rebuild_balances(
+    *,
+    patience: Annotated[
+        float, typer.Option(min=0, help="seconds to wait for the usage store to catch up with Kafka")
+    ] = 60.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Restore an empty or older Redis from the ledger, under a new epoch; then run `metering resettle`.
+
+    The flows may be running: they refuse to work until it is over. Killed at any point, run it again.
+    """
+    from app.repair.rebuild import run_rebuild
+    from schemas.rfc3339 import format_rfc3339_ms
+    from schemas.settings import load_settings
+
+    done = run_rebuild(load_settings(), patience_s=patience)
+    if as_json:
+        _print_json([done])
+    _say(
+        f"epoch {done.epoch} goes on after outbox entry {done.after_entry}: {done.accounts} accounts and "
+        f"{done.requests} requests restored, {done.forgotten} accounts forgotten, {done.commands} commands read "
+        f"again; windows before {format_rfc3339_ms(done.frozen_before_ms)} wait for `metering resettle`"
+    )
+
+
+@app.command(name="reconcile")
+def reconcile_books(
+    *,
+    skip_log: Annotated[
+        bool, typer.Option("--skip-log", help="do not read the whole log of events again")
+    ] = False,
+    patience: Annotated[
+        float, typer.Option(min=0, help="seconds to wait for flows to catch up with a cut")
+    ] = 30.0,
+) -> None:
+    """Compare Kafka, usage store, ledger, Redis and the recomputed bill, on a live system; exit 1 on drift.
+
+    Prints a JSON report: what was compared, how much differs, and the first accounts, cells or messages that do.
+    """
+    from app.repair.reconcile import reconcile
+    from schemas.settings import load_settings
+
+    report = reconcile(load_settings(), say=_say, read_log=not skip_log, patience_s=patience)
+    sys.stdout.buffer.write(report.to_json() + b"\n")
+    sys.stdout.buffer.flush()
+    if report.drift:
+        raise SystemExit(1)
+
+
+@app.command()
+def floor(
+    account: AccountArgument,
+    *,
+    minutes: Annotated[str, typer.Option(help="balance minutes at or below which nothing is admitted: -300")],
+) -> None:
+    """Give an account a floor of its own."""
+    from app.floors import set_floor
+    from app.money_commands import amount_us_of
+    from schemas.settings import load_settings
+
+    set_floor(load_settings(), _required_account(account), amount_us_of(minutes))
 
 
 @app.command()

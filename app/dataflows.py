@@ -19,6 +19,7 @@ from typing import NoReturn
 import redis
 from bytewax.dataflow import Dataflow
 from clickhouse_connect.driver.client import Client
+from clickhouse_connect.driver.exceptions import ClickHouseError
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from prometheus_client import start_http_server
@@ -26,13 +27,14 @@ from prometheus_client import start_http_server
 import flows.ledger
 import flows.settlement
 import flows.usage_store
-from app.books import check_log, expected_epoch, register_rates
+from app.books import BooksDiffer, check_log, expected_epoch, register_rates, remember_entry, seen_entry
 from app.clients import clickhouse_client, redis_client
 from app.errors import CommandError
 from app.fence_keeper import FenceKeeper
 from app.migrate import require_append_time
 from flows.settlement import SettlementRules
 from metering.cells import WINDOW_MS, window_start_ms
+from metering.outbox import Continuity
 from metering.ports import WrongRedis
 from schemas.decode import FUTURE_TOLERANCE_MS
 from schemas.ports import StoreRefused
@@ -44,6 +46,7 @@ from sinks.balances import RedisBalances, heals
 from sinks.clickhouse import ClickHouseJournal, ClickHouseUsageStore
 from sinks.kafka import DeadLetterSink, KafkaDeadLetters
 from sinks.outbox import RedisOutbox
+from sources.archive import ClickHouseArchive
 from sources.kafka import KafkaSource, Progress, WrongLog
 from sources.outbox import OutboxSource
 from telemetry import metrics
@@ -78,10 +81,12 @@ def _settlement(settings: Settings) -> Dataflow:
     metrics.start_known_series("settlement", [reason.value for reason in RejectReason])
     card = load_rate_card(settings.rate_card)
     client = redis_client(settings)
+    epoch = expected_epoch(settings, client)
     book = RedisBalances(
         client,
-        expected_epoch(settings, client),
+        epoch,
         settings.outbox_max_entries,
+        seen_entry=seen_entry(settings, client, epoch),
         on_retry=_counted("Redis, post"),
     )
     book.fence()
@@ -109,10 +114,11 @@ def _settlement(settings: Settings) -> Dataflow:
         lag_ms=settings.fence_lag_s * 1000,
         interval_s=settings.fence_interval_s,
         say=say,
+        each_turn=lambda: remember_entry(settings, epoch, book.seen_entry),
     ).start()
     return flows.settlement.build_flow(
         events,
-        kafka_source(settings, COMMANDS),
+        kafka_source(settings, COMMANDS, reread=True),
         DeadLetterSink(
             lambda: KafkaDeadLetters(settings.kafka, EVENTS, log.topic_id, _counted("Kafka, dead letters"))
         ),
@@ -142,14 +148,29 @@ def _usage_store(settings: Settings) -> Dataflow:
 
 def _ledger(settings: Settings) -> Dataflow:
     client = redis_client(settings)
-    client.ping()
+    epoch = expected_epoch(settings, client)
+    clickhouse = _clickhouse(settings)
     journal = ClickHouseJournal(
-        _clickhouse(settings), settings.clickhouse_database, on_retry=_counted("ClickHouse, ledger")
+        clickhouse, settings.clickhouse_database, on_retry=_counted("ClickHouse, ledger")
     )
     keeper = RedisOutbox(
-        client, settings.outbox_retention_s, settings.outbox_max_entries, _counted("Redis, trim")
+        client,
+        epoch,
+        settings.outbox_retention_s,
+        settings.outbox_max_entries,
+        _counted("Redis, note what is stored"),
     )
-    return flows.ledger.build_flow(OutboxSource(client, heals), journal, keeper)
+    # What the ledger has, Redis must have had: otherwise it came back without its end, and would number anew.
+    archive = ClickHouseArchive(clickhouse, settings.clickhouse_database, load_rate_card(None), EVENTS, "")
+    if (newest := archive.newest_epoch()) > epoch:
+        raise BooksDiffer(
+            f"Redis is at epoch {epoch} but the ledger at {newest}: an older Redis came back. "
+            "Run `metering rebuild-balances`"
+        )
+    number, at_ms = archive.last_entry()
+    keeper.check_reached(number)
+    source = OutboxSource(client, heals, Continuity(number, at_ms), keeper.condemn)
+    return flows.ledger.build_flow(source, journal, keeper)
 
 
 def kafka_source(
@@ -159,6 +180,7 @@ def kafka_source(
     progress: Progress | None = None,
     with_headers: bool = False,
     linger: timedelta = timedelta(0),
+    reread: bool = False,
     on_missing_head: Callable[[str, int, int], None] | None = None,
 ) -> KafkaSource:
     """A topic as these settings say. Raises CommandError when its messages are not stamped by the broker."""
@@ -170,6 +192,7 @@ def kafka_source(
         progress=progress,
         with_headers=with_headers,
         linger=linger,
+        reread=reread,
         on_missing_head=on_missing_head,
         on_retry=_counted(f"Kafka, read {topic}"),
     )
@@ -210,12 +233,14 @@ def _built(build: Callable[[Settings], Dataflow]) -> Dataflow:
         if settings.metrics_port:
             start_http_server(settings.metrics_port)
         flow = build(settings)
-    except (CommandError, SettingsError, WrongLog) as error:
+    except (CommandError, SettingsError, WrongLog, WrongRedis) as error:
         _refuse(str(error))
     except redis.RedisError as error:
         _refuse(f"METERING_REDIS: {one_line(str(error))}")
     except KafkaException as error:
         _refuse(f"METERING_KAFKA: {one_line(error.args[0].str())}")
+    except ClickHouseError as error:
+        _refuse(f"METERING_CLICKHOUSE: {one_line(str(error))[:300]}")
     ready = os.environ.get("METERING_READY_FILE")
     if ready:
         Path(ready).touch()

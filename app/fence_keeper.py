@@ -19,14 +19,16 @@ from confluent_kafka.admin import AdminClient
 from metering.cells import window_start_ms
 from metering.ports import BalanceBook
 from schemas import redis_keys
-from sources.kafka import SILENT, Committed, Progress, WrongLog, consumer_settings, describe_log
+from sources.kafka import Committed, Progress, WrongLog, consumer_settings, describe_log
 from telemetry import metrics
+from telemetry.quiet import KAFKA_LOGGER
 
 ROUND_TRIP_S = 5.0
 
 
 class FenceKeeper:
-    """A thread beside the flow. Whatever fails is said, counted, and tried again at the next turn."""
+    """A thread beside the flow. Whatever fails is said, counted, and tried again at the next turn. `each_turn` is
+    called after the fence was moved."""
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class FenceKeeper:
         lag_ms: int,
         interval_s: float,
         say: Callable[[str], None],
+        each_turn: Callable[[], None] = lambda: None,
     ) -> None:
         self._bootstrap = bootstrap
         self._topic = topic
@@ -48,6 +51,7 @@ class FenceKeeper:
         self._lag_ms = lag_ms
         self._interval_s = interval_s
         self._say = say
+        self._each_turn = each_turn
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fence-keeper", daemon=True)
 
@@ -61,13 +65,14 @@ class FenceKeeper:
         self._thread.join(timeout=ROUND_TRIP_S * 4)
 
     def _run(self) -> None:
-        admin = AdminClient({"bootstrap.servers": self._bootstrap}, logger=SILENT)
-        consumer = Consumer(consumer_settings(self._bootstrap), logger=SILENT)
+        admin = AdminClient({"bootstrap.servers": self._bootstrap}, logger=KAFKA_LOGGER)
+        consumer = Consumer(consumer_settings(self._bootstrap), logger=KAFKA_LOGGER)
         while not self._stopped.wait(self._interval_s):
             try:
                 self._check_log(admin)
                 self._publish(consumer)
                 self._move()
+                self._each_turn()
             except WrongLog as error:
                 self._say(str(error))
                 self._progress.failure = error

@@ -12,7 +12,6 @@ Laws:
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -35,17 +34,14 @@ from metering.money import REVENUE
 from schemas import redis_keys
 from schemas.settings import one_line
 from schemas.topics import COMMANDS, DEAD_LETTERS, EVENTS
+from telemetry import faults
+from telemetry.quiet import KAFKA_LOGGER
 
 MIGRATIONS = Path(__file__).resolve().parent.parent / "schemas" / "clickhouse"
 OLDEST_CLICKHOUSE = "26.5"
 """The first version that has every setting which the views rely on to keep FINAL whole across partitions."""
 
 KAFKA_TIMEOUT_S = 10.0
-
-# Kafka's client would report every failed attempt to connect on stderr; what counts comes as an exception.
-_SILENT = logging.getLogger("metering.migrate.kafka")
-_SILENT.addHandler(logging.NullHandler())
-_SILENT.propagate = False
 
 _FILE_NAME = re.compile(r"(?P<version>[0-9]{4})_(?P<name>[a-z0-9_]+)\.sql")
 
@@ -142,6 +138,7 @@ def run_migrations(client: Client, database: str, directory: Path = MIGRATIONS) 
         try:
             # The effect first, the record second; killed in between, the next run repeats the effect.
             client.command(migration.statement.replace("{database}", f"`{database}`"))
+            faults.reach(faults.DURING_MIGRATION)
             client.command(_record(database, migration), settings={"async_insert": 0})
         except ClickHouseError as error:
             raise MigrationError(f"migration {name} failed: {_short(error)}") from error
@@ -202,7 +199,7 @@ def create_topics(
     With `broker_append_time` a topic is made with, and must have, LogAppendTime. Blocks for up to `timeout_s`
     a request; raises MigrationError; a crash leaves some topics made, which the next run then checks.
     """
-    admin = AdminClient({"bootstrap.servers": bootstrap}, logger=_SILENT)
+    admin = AdminClient({"bootstrap.servers": bootstrap}, logger=KAFKA_LOGGER)
     existing = _topic_partitions(admin, bootstrap, timeout_s)
     missing = [name for name in topics if name not in existing]
     append_time = {TIMESTAMP_TYPE: "LogAppendTime"} if broker_append_time else {}
@@ -341,6 +338,8 @@ def _why_not_new(redis_client: redis.Redis, clickhouse_client: Client, database:
 def _any_key_of_ours(redis_client: redis.Redis) -> str | None:
     """Some key that only a Redis in use has. Walks all keys, but only where there is no epoch."""
     for key in (
+        redis_keys.REBUILDING,
+        redis_keys.ENTRIES,
         redis_keys.LEDGER_STREAM,
         redis_keys.LIVE_CELLS,
         redis_keys.FENCE,

@@ -87,11 +87,12 @@ def default_hooks() -> Hooks:
 
 
 def default_flows(settings: Settings) -> tuple[Flow, ...]:
-    """The project's flows, each its own Bytewax process."""
+    """The project's flows, each its own Bytewax process, and the process that repairs and audits on timers."""
     return (
         bytewax_flow("settlement", settings, reads_broker=True, needs_recovery=True),
         bytewax_flow("usage_store", settings, reads_broker=True, needs_recovery=True),
         bytewax_flow("ledger", settings, reads_broker=False, needs_recovery=False),
+        Flow("audit", (sys.executable, "-m", "app.repair.service"), reads_broker=True),
     )
 
 
@@ -105,7 +106,7 @@ def bytewax_flow(name: str, settings: Settings, reads_broker: bool, needs_recove
             "bytewax.run",
             f"app.dataflows:{name}()",
             "-s",
-            f"{settings.epoch_interval_s:g}",
+            str(settings.epoch_interval_s),
             "-b",
             "0",
         ),

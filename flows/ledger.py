@@ -1,10 +1,11 @@
 """The ledger flow: the outbox in Redis becomes the ledger in ClickHouse.
 
-    outbox -> store (ClickHouse) -> trim (Redis)
+    outbox -> store (ClickHouse) -> note how far, and trim (Redis)
 
-It needs no Kafka and no recovery store. Order of effects: read from the head, insert, then trim what is stored
-and older than the retention. A crash before the insert reads the entries again. A crash between insert and
-trim inserts them again; the tables replace by identity. An entry is never trimmed before its rows are stored.
+It needs no Kafka and no recovery store. Order of effects: read from the head, insert, then note how far the
+ledger is and trim what is stored and older than the retention. A crash before the insert reads the entries
+again. A crash between insert and note inserts them again; the tables replace by identity. An entry is never
+trimmed, nor counted as stored, before its rows are stored.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from metering.outbox import OutboxEntry, parse_entry
 from metering.ports import Outbox
 from schemas.messages import OutboxMessage
 from schemas.ports import Journal
-from telemetry import metrics
+from telemetry import faults, metrics
 
 FLOW = "ledger"
 
@@ -45,18 +46,28 @@ class _JournalPartition(StatelessSinkPartition[list[OutboxMessage]]):
         messages = [message for batch in items for message in batch]
         if not messages:
             return
-        entries = [entry for message in messages if (entry := self._read(message)) is not None]
+        readable = [(message, entry) for message in messages if (entry := self._read(message)) is not None]
+        entries = [entry for _, entry in readable]
         lines = [line for entry in entries for line in entry.lines]
         settlements = [record for entry in entries for record in entry.settlements]
         fence_moves = [move for entry in entries for move in entry.fence_moves]
+        requests = [request for entry in entries for request in entry.requests]
+        floors = [floor for entry in entries for floor in entry.floors]
         if lines:
             self._journal.insert_lines(lines)
         if settlements:
             self._journal.insert_settlements(settlements)
         if fence_moves:
             self._journal.insert_fence_moves(fence_moves)
+        if requests:
+            self._journal.insert_requests(requests)
+        if floors:
+            self._journal.insert_floors(floors)
+        faults.reach(faults.AFTER_CLICKHOUSE_INSERT)
         metrics.LEDGER_LINES.inc(len(lines))
-        metrics.OUTBOX_ENTRIES.set(self._outbox.trim(messages[-1].entry_id))
+        if readable:
+            last, entry = readable[-1]
+            metrics.OUTBOX_ENTRIES.set(self._outbox.note_stored(last, entry.number))
 
     def _read(self, message: OutboxMessage) -> OutboxEntry | None:
         try:

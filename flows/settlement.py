@@ -47,7 +47,7 @@ from schemas.messages import RawMessage
 from schemas.rate_card import RateCard
 from schemas.records import DeadLetter
 from schemas.rejections import Rejected, RejectReason
-from telemetry import metrics
+from telemetry import faults, metrics
 
 FLOW = "settlement"
 NO_SCOPE = ""
@@ -252,6 +252,7 @@ def post(items: list[tuple[str, Outgoing]], desk: Desk) -> Iterable[Refused]:
 
 def _post_emissions(emissions: list[Emission], desk: Desk) -> None:
     answers = desk.book.post(emissions)
+    faults.reach(faults.AFTER_REDIS_SCRIPT)
     now = desk.now_ms()
     for emission, said in zip(emissions, answers, strict=True):
         for cell, answer in zip(emission.cells, said, strict=True):

@@ -6,6 +6,9 @@
 It needs no Redis and keeps no state but its place in the log. Order of effects: a batch is inserted, then the
 epoch that read it is committed. A crash in between inserts the same rows again, in other batches; the tables
 replace by identity, so nothing changes. Refused messages are skipped here: `settlement` sends them on.
+
+How far each partition is stored goes into the store too, after the rows: a crash in between leaves a position
+that is behind. Whoever reads the store can wait until it has what the log had at some moment.
 """
 
 from __future__ import annotations
@@ -26,12 +29,12 @@ from schemas.messages import RawMessage
 from schemas.ports import UsageStore
 from schemas.rate_card import RateCard
 from schemas.records import DeadLetter
-from schemas.rows import LifecycleRow, UsageRow
-from telemetry import metrics
+from schemas.rows import LifecycleRow, StoredUpTo, UsageRow
+from telemetry import faults, metrics
 
 FLOW = "usage_store"
 
-Row = UsageRow | LifecycleRow | DeadLetter
+Row = UsageRow | LifecycleRow | DeadLetter | StoredUpTo
 
 
 def row_of(located: Located, card: RateCard) -> UsageRow | LifecycleRow:
@@ -54,19 +57,28 @@ def row_of(located: Located, card: RateCard) -> UsageRow | LifecycleRow:
 
 
 def rows(batches: list[list[RawMessage]], card: RateCard) -> Iterable[list[Row]]:
-    """The rows of each batch of events, as one list, so that they go into one insert."""
+    """The rows of each batch of events, as one list, so that they go into one insert; its position comes last."""
     for batch in batches:
         accepted, _ = accept_batch(batch, card)
         usage = sum(type(located.event) is Usage for located in accepted)
         metrics.EVENTS.labels(FLOW, "usage").inc(usage)
         metrics.EVENTS.labels(FLOW, "lifecycle").inc(len(accepted) - usage)
-        yield [row_of(located, card) for located in accepted]
+        yield [*(row_of(located, card) for located in accepted), *_stored_up_to(batch)]
 
 
 def letters(batches: list[list[RawMessage]]) -> Iterable[list[Row]]:
-    """The dead letters of each batch, as one list."""
+    """The dead letters of each batch, as one list; its position comes last."""
     for batch in batches:
-        yield [letter_of(message) for message in batch]
+        yield [*(letter_of(message) for message in batch), *_stored_up_to(batch)]
+
+
+def _stored_up_to(batch: list[RawMessage]) -> list[StoredUpTo]:
+    """A batch is of one partition, in the order of the log."""
+    last = batch[-1:]
+    return [
+        StoredUpTo(message.topic, message.log, message.partition, message.offset + 1, message.appended_at_ms)
+        for message in last
+    ]
 
 
 class StoreSink(DynamicSink[list[Row]]):
@@ -90,12 +102,16 @@ class _StorePartition(StatelessSinkPartition[list[Row]]):
         usage = [row for row in everything if isinstance(row, UsageRow)]
         lifecycle = [row for row in everything if isinstance(row, LifecycleRow)]
         dead = [row for row in everything if isinstance(row, DeadLetter)]
+        positions = [row for row in everything if isinstance(row, StoredUpTo)]
         if usage:
             self._store.insert_usage(usage)
         if lifecycle:
             self._store.insert_lifecycle(lifecycle)
         if dead:
             self._store.insert_dead_letters(dead)
+        faults.reach(faults.AFTER_USAGE_INSERT)
+        if positions:
+            self._store.insert_positions(positions)
         for table, stored in (
             ("usage_events", usage),
             ("lifecycle_events", lifecycle),

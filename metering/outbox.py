@@ -1,7 +1,7 @@
 """The outbox: what one entry of the Redis stream `ledger` says, as records for ClickHouse.
 
-An entry is what one script call changed, all or nothing. Its fields: epoch, at (ms), and either lines with
-cells and endings, or lines with a command, or a fence.
+An entry is what one script call changed, all or nothing. Its fields: epoch, entry (its number), at (ms), and
+either lines with cells and endings, or lines with a command, or a fence, or a floor.
 """
 
 from __future__ import annotations
@@ -13,35 +13,111 @@ from typing import Any
 import msgspec
 
 from metering.cells import scope_ids
-from schemas.records import FenceMove, LedgerLine, LedgerReason, SettlementReason, SettlementRecord
+from schemas.records import (
+    FenceMove,
+    FloorRecord,
+    LedgerLine,
+    LedgerReason,
+    RequestRecord,
+    SettlementReason,
+    SettlementRecord,
+)
 
 _json = msgspec.json.Decoder()
 
 
+class Continuity:
+    """Whether a reader of the outbox sees the stream that was stored so far, entry after entry.
+
+    `stored_number` and `stored_at_ms` are of the last entry that the ledger has; zeros when it has none.
+    """
+
+    def __init__(self, stored_number: int, stored_at_ms: int) -> None:
+        self._stored_number = stored_number
+        self._stored_at_ms = stored_at_ms
+        self._last: int | None = None
+
+    def check(self, number: int, at_ms: int) -> str | None:
+        """Take the next entry; says what is wrong when this is another history than the ledger's: Redis came back
+        without its end, and gives numbers again."""
+        last, self._last = self._last, number
+        if last is not None and number <= last:
+            return f"entry {number} of the outbox comes after {last}"
+        if number == self._stored_number and at_ms != self._stored_at_ms:
+            stored_at_ms = self._stored_at_ms
+            return (
+                f"entry {number} of the outbox was written at {at_ms} ms, the ledger's at {stored_at_ms} ms"
+            )
+        return None
+
+    def missing(self, number: int) -> int:
+        """How many entries before this one were never stored and are not in the outbox any more; asked before
+        `check`."""
+        expected = (self._stored_number if self._last is None else self._last) + 1
+        return max(number - expected, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class OutboxEntry:
-    """The records of one entry."""
+    """The records of one entry. Entries are numbered without gaps, across epochs."""
 
+    number: int
+    epoch: int
+    at_ms: int
     lines: list[LedgerLine] = field(default_factory=list)
     settlements: list[SettlementRecord] = field(default_factory=list)
     fence_moves: list[FenceMove] = field(default_factory=list)
+    requests: list[RequestRecord] = field(default_factory=list)
+    floors: list[FloorRecord] = field(default_factory=list)
 
 
 def parse_entry(fields: Mapping[bytes, bytes]) -> OutboxEntry:
     """The records of an entry, as redis-py hands it over. Raises KeyError or ValueError for a foreign one."""
-    epoch, at_ms = int(fields[b"epoch"]), int(fields[b"at"])
+    number, epoch, at_ms = int(fields[b"entry"]), int(fields[b"epoch"]), int(fields[b"at"])
+    entry = OutboxEntry(number, epoch, at_ms)
     if b"fence" in fields:
-        move = FenceMove(frozen_before_ms=int(fields[b"fence"]), epoch=epoch, moved_at_ms=at_ms)
-        return OutboxEntry(fence_moves=[move])
+        move = FenceMove(frozen_before_ms=int(fields[b"fence"]), epoch=epoch, moved_at_ms=at_ms, entry=number)
+        entry.fence_moves.append(move)
+        return entry
+    if b"floor" in fields:
+        account, floor_us = _json.decode(fields[b"floor"])
+        floor = FloorRecord(
+            account=account, floor_us=int(floor_us), epoch=epoch, entry=number, set_at_ms=at_ms
+        )
+        entry.floors.append(floor)
+        return entry
     lines = _json.decode(fields[b"lines"])
     if b"command" in fields:
-        request_id, actor, note = _json.decode(fields[b"command"])
-        about: dict[str, Any] = {"request_id": request_id, "actor": actor, "note": note}
-        return OutboxEntry(lines=[_line(parts, epoch, at_ms, about) for parts in lines])
+        request = _request(_json.decode(fields[b"command"]), entry)
+        entry.requests.append(request)
+        about: dict[str, Any] = {
+            "request_id": request.request_id,
+            "actor": request.actor,
+            "note": request.note,
+        }
+        entry.lines.extend(_line(parts, entry, about) for parts in lines)
+        return entry
     cells = [_about_cell(*parts) for parts in _json.decode(fields[b"cells"])]
-    return OutboxEntry(
-        lines=[_line(parts, epoch, at_ms, cells[parts[6]]) for parts in lines],
-        settlements=[_settlement(parts, epoch, at_ms) for parts in _json.decode(fields[b"endings"])],
+    entry.lines.extend(_line(parts, entry, cells[parts[6]]) for parts in lines)
+    entry.settlements.extend(_settlement(parts, entry) for parts in _json.decode(fields[b"endings"]))
+    return entry
+
+
+def _request(parts: list[Any], entry: OutboxEntry) -> RequestRecord:
+    request_id, actor, note, digest, kind, account, amount_us, balance_us, outcome = parts
+    return RequestRecord(
+        request_id=request_id,
+        digest=digest,
+        kind=kind,
+        account=account,
+        amount_us=int(amount_us),
+        balance_us=int(balance_us),
+        outcome=outcome,
+        actor=actor,
+        note=note,
+        epoch=entry.epoch,
+        entry=entry.number,
+        posted_at_ms=entry.at_ms,
     )
 
 
@@ -58,7 +134,7 @@ def _about_cell(cell_id: str, revision: int, rate_version: str) -> dict[str, Any
     }
 
 
-def _line(parts: list[Any], epoch: int, at_ms: int, about: Mapping[str, Any]) -> LedgerLine:
+def _line(parts: list[Any], entry: OutboxEntry, about: Mapping[str, Any]) -> LedgerLine:
     account, seq, change_us, before_us, after_us, reason = parts[:6]
     # The script is the one writer and checked every part; validating again would cost more than inserting.
     return LedgerLine.model_construct(
@@ -68,8 +144,9 @@ def _line(parts: list[Any], epoch: int, at_ms: int, about: Mapping[str, Any]) ->
         balance_before_us=int(before_us),
         balance_after_us=int(after_us),
         reason=LedgerReason(reason),
-        epoch=epoch,
-        posted_at_ms=at_ms,
+        epoch=entry.epoch,
+        posted_at_ms=entry.at_ms,
+        entry=entry.number,
         **{**_NOTHING, **about},
     )
 
@@ -87,7 +164,7 @@ _NOTHING: dict[str, Any] = {
 }
 
 
-def _settlement(parts: list[Any], epoch: int, at_ms: int) -> SettlementRecord:
+def _settlement(parts: list[Any], entry: OutboxEntry) -> SettlementRecord:
     scope, reason, first_event_ms, last_event_ms, revision = parts
     session_id, room_id = scope_ids(scope)
     return SettlementRecord(
@@ -98,6 +175,7 @@ def _settlement(parts: list[Any], epoch: int, at_ms: int) -> SettlementRecord:
         first_event_ms=first_event_ms,
         last_event_ms=last_event_ms,
         revision=revision,
-        epoch=epoch,
-        posted_at_ms=at_ms,
+        epoch=entry.epoch,
+        posted_at_ms=entry.at_ms,
+        entry=entry.number,
     )

@@ -51,7 +51,7 @@ from schemas.commands import (
 from schemas.events import Event, Lifecycle, LifecycleKind, Usage
 from schemas.rejections import Rejected, RejectReason
 from schemas.rfc3339 import parse_rfc3339_ms
-from schemas.strict_json import MAX_INTEGER_DIGITS, Json, NotJson, parse
+from schemas.strict_json import MAX_INTEGER_DIGITS, SPACE, Json, NotJson, parse
 from schemas.topics import MAX_MESSAGE_BYTES
 
 __all__ = [
@@ -136,13 +136,22 @@ def _parse_object(value: bytes | None) -> dict[str, Json]:
         raise Rejected(RejectReason.NOT_JSON, "the message has no value")
     if len(value) > MAX_MESSAGE_BYTES:
         raise Rejected(RejectReason.TOO_LARGE, f"{len(value)} bytes, {MAX_MESSAGE_BYTES} allowed")
+    # What lacks the braces of an object is refused without a look at what is between.
+    text = value.strip(SPACE.encode())
+    if not text.startswith(b"{"):
+        raise Rejected(RejectReason.NOT_JSON, f"begins with {_shown(_text(text[:8]))}, an object with '{{'")
+    if not text.endswith(b"}"):
+        raise Rejected(RejectReason.NOT_JSON, f"ends with {_shown(_text(text[-8:]))}, an object with '}}'")
     try:
         document = parse(value)
     except NotJson as error:
         raise Rejected(RejectReason.NOT_JSON, str(error)) from None
-    if not isinstance(document, dict):
-        raise Rejected(RejectReason.NOT_JSON, f"{_shown(document)} is not an object")
+    assert isinstance(document, dict), "what begins with a brace is an object"
     return document
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "replace")
 
 
 def _validate(document: dict[str, Json], models: Mapping[str, type[_Model]]) -> _Model:

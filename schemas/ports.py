@@ -10,8 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from schemas.records import DeadLetter, FenceMove, LedgerLine, SettlementRecord
-from schemas.rows import LifecycleRow, UsageRow
+from schemas.records import (
+    DeadLetter,
+    FenceMove,
+    FloorRecord,
+    LedgerLine,
+    RequestRecord,
+    SettlementRecord,
+)
+from schemas.rows import LifecycleRow, StoredUpTo, UsageRow
 
 
 class StoreRefused(Exception):
@@ -37,6 +44,9 @@ class UsageStore(Protocol):
     def insert_dead_letters(self, letters: Sequence[DeadLetter]) -> None:
         """Store refused messages; identity is the original's (topic, log, partition, offset)."""
 
+    def insert_positions(self, positions: Sequence[StoredUpTo]) -> None:
+        """Say how far the store is; only after everything before was stored."""
+
 
 class Journal(Protocol):
     """Keeps what the outbox reports: balance changes, ends of scopes, moves of the fence.
@@ -52,3 +62,9 @@ class Journal(Protocol):
 
     def insert_fence_moves(self, moves: Sequence[FenceMove]) -> None:
         """Store moves of the fence; each distinct move counts once."""
+
+    def insert_requests(self, requests: Sequence[RequestRecord]) -> None:
+        """Store results of money commands; of a request id's the first entry counts."""
+
+    def insert_floors(self, floors: Sequence[FloorRecord]) -> None:
+        """Store floors; of an account's the last entry counts."""

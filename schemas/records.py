@@ -57,6 +57,7 @@ class LedgerLine(_Record):
     actor: str = Field(default="", description="who gave a money command")
     note: str = Field(default="", description="the money command's own words on why")
     posted_at_ms: int = Field(description="Redis' clock when the script ran")
+    entry: int = Field(default=0, ge=0, description="number of the outbox entry that brought it")
 
 
 class SettlementRecord(_Record):
@@ -72,6 +73,7 @@ class SettlementRecord(_Record):
     revision: int = Field(ge=1)
     epoch: int = Field(ge=1)
     posted_at_ms: int
+    entry: int = Field(default=0, ge=0, description="number of the outbox entry that brought it")
 
 
 class FenceMove(_Record):
@@ -80,6 +82,34 @@ class FenceMove(_Record):
     frozen_before_ms: int
     epoch: int = Field(ge=1)
     moved_at_ms: int
+    entry: int = Field(default=0, ge=0, description="number of the outbox entry that brought it")
+
+
+class RequestRecord(_Record):
+    """A money command that was carried out, whatever came of it: the first result, for ever."""
+
+    request_id: str
+    digest: str = Field(description="of the command's body: another body under the same id is a conflict")
+    kind: str = Field(description="top_up, adjustment, write_off")
+    account: str
+    amount_us: int = Field(description="what was moved; 0 when nothing was")
+    balance_us: int = Field(description="of the account, afterwards")
+    outcome: str = Field(description="APPLIED or OVER_LIMIT")
+    actor: str
+    note: str
+    epoch: int = Field(ge=1)
+    entry: int = Field(ge=0)
+    posted_at_ms: int
+
+
+class FloorRecord(_Record):
+    """An account was given a floor of its own."""
+
+    account: str
+    floor_us: int
+    epoch: int = Field(ge=1)
+    entry: int = Field(ge=0)
+    set_at_ms: int
 
 
 class DeadLetter(_Record):

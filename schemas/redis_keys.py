@@ -11,6 +11,20 @@ UNREADABLE_STREAM = "ledger:unreadable"
 EPOCH = "epoch"
 """String, an integer: which Redis this is. Scripts refuse to run when it is missing or another."""
 
+REBUILDING = "rebuilding"
+"""String, an integer: the epoch that a rebuild is about to announce. While it is there `epoch` is not."""
+
+ENTRIES = "entries"
+"""String, an integer: the number of the last outbox entry. It only grows, across epochs too: a Redis that has
+less than somebody saw before has lost its end, and scripts refuse it."""
+
+LEDGER_STORED = "ledger_stored"
+"""String, an integer: the number of the last outbox entry whose rows are in ClickHouse."""
+
+RESETTLE = "resettle"
+"""Hash: token and step of the last resettle, and up to where one was complete (frozen_before_ms,
+appended_before_ms)."""
+
 FENCE = "frozen_before_ms"
 """String, an integer that only grows: windows that start before it take no live postings."""
 
@@ -34,6 +48,9 @@ POSITIONS = "positions"
 
 LOG = "log"
 """Hash: topic_id, partition_count and generation of the log that the live cells' revisions are counted in."""
+
+NEXT_GENERATION = "log:next_generation"
+"""String, an integer: the generation that the next log gets, where a rebuild has found no `log`."""
 
 DEFAULT_FLOOR_US = -18_000_000_000
 """-300 balance minutes."""

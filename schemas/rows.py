@@ -34,3 +34,14 @@ class LifecycleRow(msgspec.Struct, frozen=True, gc=False):
     partition: int
     offset: int
     appended_at_ms: int
+
+
+class StoredUpTo(msgspec.Struct, frozen=True, gc=False):
+    """Everything before `next_offset` of a partition is stored. Of several the highest offset counts."""
+
+    topic: str
+    log: str
+    partition: int
+    next_offset: int
+    appended_at_ms: int
+    """Append time of the last message before it."""

@@ -29,6 +29,7 @@ RESERVED = {
     "METERING_READY_FILE": "internal: a file that a process writes when it is ready, for its supervisor",
     "METERING_TEST_BROKER": "tests only: which broker the integration suite runs on",
     "METERING_FAULT": "tests only: where a process shall kill itself",
+    "METERING_FAULT_ONCE": "tests only: a file; while it exists, the process does not kill itself",
 }
 """Names with the prefix that are no settings, with what they are."""
 
@@ -147,6 +148,12 @@ class Settings(BaseSettings):
         default=1_800, description="seconds that the fence stands behind the flows' committed position"
     )
     fence_interval_s: Seconds = Field(default=10.0, description="seconds between two moves of the fence")
+    resettle_interval_s: Seconds = Field(
+        default=300.0, description="seconds between two runs of `metering resettle` by the process audit"
+    )
+    reconcile_interval_s: Seconds = Field(
+        default=3_600.0, description="seconds between two runs of `metering reconcile` by the process audit"
+    )
     emit_interval_ms: Annotated[Count, Field(ge=0, le=60_000)] = Field(
         default=200, description="milliseconds over which a scope's emissions are coalesced"
     )
@@ -159,10 +166,10 @@ class Settings(BaseSettings):
     metrics_port: Annotated[Count, Field(ge=0, le=65_535)] = Field(
         default=0,
         description="TCP port of a process's Prometheus metrics; 0 is off. Under `metering up` the flows take "
-        "this port and the next ones, in the order settlement, usage_store, ledger",
+        "this port and the next ones, in the order settlement, usage_store, ledger, audit",
     )
-    epoch_interval_s: Seconds = Field(
-        default=10.0, description="seconds between two snapshots of a flow (Bytewax's epoch interval)"
+    epoch_interval_s: Annotated[Count, Field(ge=1, le=3_600)] = Field(
+        default=10, description="seconds between two snapshots of a flow (Bytewax's epoch interval)"
     )
     usage_linger_ms: Annotated[Count, Field(ge=0, le=60_000)] = Field(
         default=500, description="milliseconds that the usage store gathers rows for one insert"

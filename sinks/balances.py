@@ -5,6 +5,9 @@ changes the balances, and appends one entry with all its ledger lines to the out
 whose answer was lost may be made again: the second time it posts nothing. A crash before the script posts
 nothing; after it, the flow starts from an older snapshot and its postings are answered OLDER until it has
 caught up, when an equal revision with an equal vector changes nothing.
+
+Every answer tells the number of the last outbox entry, and every call says which one its caller has seen. So a
+Redis that restarts without the end of its append-only file is refused at the next call, by the script itself.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import redis
 from redis.commands.core import Script
 
 from metering.commands import CommandOutcome, CommandResult, command_digest, counter_account
+from metering.facts import Correction
 from metering.live import Answer, CellPosting, Emission, Ending
 from metering.money import MAX_AMOUNT_US
-from metering.ports import WrongRedis
+from metering.ports import CorrectionAnswer, ResettleTicket, WrongRedis
 from schemas import redis_keys
 from schemas.commands import Command
-from sinks.retrying import ignore_retry, never_stop, retrying
+from sinks.retrying import never_stop, retrying
+from telemetry.quiet import ignore_retry
 
 MAX_POSTINGS_PER_CALL = 2_000
 """Bounds how long one call keeps Redis busy: a few milliseconds."""
@@ -53,16 +58,22 @@ class RedisBalances:
         epoch: int,
         outbox_max_entries: int,
         *,
+        seen_entry: int = 0,
         on_retry: Callable[[Exception], None] = ignore_retry,
         stop: Callable[[], bool] = never_stop,
     ) -> None:
         self._client = client
         self._epoch = str(epoch)
         self._outbox_max_entries = str(outbox_max_entries)
-        self._settle_cells = _script(client, "settle_cells")
-        self._apply_command = _script(client, "apply_command")
-        self._raise_fence = _script(client, "raise_fence")
+        self._settle_cells = load_script(client, "settle_cells")
+        self._apply_command = load_script(client, "apply_command")
+        self._set_floor = load_script(client, "set_floor")
+        self._raise_fence = load_script(client, "raise_fence")
+        self._begin_resettle = load_script(client, "begin_resettle")
+        self._post_corrections = load_script(client, "post_corrections")
+        self._end_resettle = load_script(client, "end_resettle")
         self._known_fence = 0
+        self._seen_entry = seen_entry
         self._on_retry = on_retry
         self._stop = stop
 
@@ -79,7 +90,7 @@ class RedisBalances:
         # A cell over the limit is refused here, alone, where amounts are still exact integers.
         fits = [sum(map(abs, cell.amounts.values())) <= MAX_AMOUNT_US for cell in cells]
         fitting = [cell for cell, fit in zip(cells, fits, strict=True) if fit]
-        arguments = [self._epoch, self._outbox_max_entries, str(len(fitting)), str(len(endings))]
+        arguments = [self._outbox_max_entries, str(len(fitting)), str(len(endings))]
         for cell in fitting:
             arguments += (
                 cell.cell_id,
@@ -97,15 +108,14 @@ class RedisBalances:
             )
         reply = self._run(self._settle_cells, arguments)
         self._known_fence = max(self._known_fence, int(reply[0]))
-        said = iter(reply[1:])
+        self._see(reply[1])
+        said = iter(reply[2:])
         return [Answer[next(said).decode()] if fit else Answer.OVER_LIMIT for fit in fits]
 
     def apply_command(self, command: Command) -> CommandResult:
-        metadata = json.dumps([command.request_id, command.actor, command.reason])
-        reply = self._run(
+        last_entry, outcome, amount_us, balance_us = self._run(
             self._apply_command,
             [
-                self._epoch,
                 self._outbox_max_entries,
                 command.request_id,
                 command_digest(command),
@@ -113,20 +123,67 @@ class RedisBalances:
                 command.account,
                 counter_account(command),
                 str(command.amount_us),
-                metadata,
+                ",".join(json.dumps(text) for text in (command.request_id, command.actor, command.reason)),
             ],
         )
-        return CommandResult(CommandOutcome(reply[0].decode()), int(reply[1]), int(reply[2]))
+        self._see(last_entry)
+        return CommandResult(CommandOutcome(outcome.decode()), int(amount_us), int(balance_us))
+
+    def set_floor(self, account: str, floor_us: int) -> None:
+        [last_entry] = self._run(self._set_floor, [self._outbox_max_entries, account, str(floor_us)])
+        self._see(last_entry)
 
     def raise_fence(self, frozen_before_ms: int) -> int:
         left = 1
         while left:
-            reply = self._run(
-                self._raise_fence,
-                [self._epoch, str(frozen_before_ms), str(EVICTIONS_PER_CALL)],
+            fence, last_entry, still = self._run(
+                self._raise_fence, [str(frozen_before_ms), str(EVICTIONS_PER_CALL)]
             )
-            self._known_fence, left = int(reply[0]), int(reply[1])
+            self._see(last_entry)
+            self._known_fence, left = int(fence), int(still)
         return self._known_fence
+
+    def begin_resettle(self) -> ResettleTicket:
+        reply = self._run(self._begin_resettle, [])
+        last_entry, token, fence, at_ms, done_fence, done_appended = map(int, reply)
+        self._see(reply[0])
+        self._known_fence = max(self._known_fence, fence)
+        return ResettleTicket(token, fence, last_entry, at_ms, done_fence, done_appended)
+
+    def post_corrections(self, token: int, step: int, corrections: Sequence[Correction]) -> CorrectionAnswer:
+        arguments = [self._outbox_max_entries, str(token), str(step), str(len(corrections))]
+        for correction in corrections:
+            arguments += (
+                str(correction.window_start_ms),
+                f'["{correction.cell_id}",{token},"{correction.rate_version}"]',
+                ";".join([f"{account}={change}" for account, change in correction.changes.items()]),
+            )
+        last_entry, answer = self._run(self._post_corrections, arguments)
+        self._see(last_entry)
+        return CorrectionAnswer[answer.decode()]
+
+    def end_resettle(self, token: int, frozen_before_ms: int, appended_before_ms: int) -> None:
+        [last_entry] = self._run(
+            self._end_resettle, [str(token), str(frozen_before_ms), str(appended_before_ms)]
+        )
+        self._see(last_entry)
+
+    def stored_entry(self) -> int:
+        stored = retrying(
+            lambda: self._client.get(redis_keys.LEDGER_STORED),
+            heals=heals,
+            stop=self._stop,
+            on_retry=self._on_retry,
+        )
+        return int(stored or 0)
+
+    @property
+    def seen_entry(self) -> int:
+        """The number of the last outbox entry that this book has seen; costs no round trip."""
+        return self._seen_entry
+
+    def _see(self, last_entry: bytes) -> None:
+        self._seen_entry = max(self._seen_entry, int(last_entry))
 
     def fence(self) -> int:
         """Where the fence stands now (ms)."""
@@ -143,7 +200,8 @@ class RedisBalances:
 
     def _run(self, script: Script, arguments: list[str]) -> list[bytes]:
         def call() -> list[bytes]:
-            reply = script(args=arguments)
+            # Built at each attempt: another thread may have seen more meanwhile.
+            reply = script(args=[self._epoch, str(self._seen_entry), *arguments])
             if reply == b"FULL":
                 raise OutboxFull(f"the outbox holds {self._outbox_max_entries} entries")
             return reply  # type: ignore[no-any-return]
@@ -151,15 +209,20 @@ class RedisBalances:
         try:
             return retrying(call, heals=heals, stop=self._stop, on_retry=self._on_retry)
         except redis.ResponseError as error:
-            if "EPOCH" in str(error):
-                raise WrongRedis(
-                    f"Redis is not the one that the books were kept on ({error}): "
-                    "run `metering rebuild-balances`"
-                ) from None
-            raise
+            raise wrong_redis(error) from None
 
 
-def _script(client: redis.Redis, name: str) -> Script:
+def wrong_redis(error: redis.ResponseError) -> Exception:
+    """The error to raise for a script's: WrongRedis when it refused the book, else itself."""
+    if "EPOCH" not in str(error):
+        return error
+    return WrongRedis(
+        f"Redis is not the one that the books were kept on ({error}): run `metering rebuild-balances`"
+    )
+
+
+def load_script(client: redis.Redis, name: str) -> Script:
+    """A script of the family by its file's name."""
     folder = files("sinks") / "lua"
     common = (folder / "common.lua").read_text(encoding="utf-8")
     return client.register_script(common + (folder / f"{name}.lua").read_text(encoding="utf-8"))

@@ -6,15 +6,17 @@ It answers as the scripts do and keeps an outbox of the same entries; one contra
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from metering.commands import CommandOutcome, CommandResult, command_digest, counter_account
+from metering.facts import Correction
 from metering.live import Answer, CellPosting, Emission
 from metering.money import MAX_AMOUNT_US, REVENUE
 from metering.outbox import OutboxEntry, parse_entry
-from metering.ports import WrongRedis
+from metering.ports import CorrectionAnswer, ResettleTicket, WrongRedis
 from schemas.commands import Command, CommandKind
+from schemas.redis_keys import DEFAULT_FLOOR_US
 
 MAX_BALANCE_US = 10**18
 """Balances keep below this magnitude: 18 digits, well within 64 bits."""
@@ -28,6 +30,7 @@ class Account:
 
     balance_us: int = 0
     seq: int = 0
+    floor_us: int = DEFAULT_FLOOR_US
 
 
 @dataclass
@@ -36,33 +39,60 @@ class _Record:
     amounts: dict[str, int] = field(default_factory=dict)
 
 
-class MemoryBalances:
-    """A balance book that lives and dies with the process. `now_ms` stands in for Redis' clock."""
+@dataclass
+class MemoryRedis:
+    """What Redis keeps: it outlives a book, and a test may copy it, roll it back or wipe it."""
 
-    def __init__(self, epoch: int = 1, now_ms: Callable[[], int] = lambda: 0) -> None:
-        self.epoch = epoch
+    epoch: int | None = 1
+    rebuilding: int | None = None
+    accounts: dict[str, Account] = field(default_factory=dict)
+    outbox: list[OutboxEntry] = field(default_factory=list)
+    entries: int = 0
+    ledger_stored: int = 0
+    fence_ms: int = 0
+    cells: dict[str, tuple[int, _Record]] = field(default_factory=dict)
+    requests: dict[str, tuple[str, CommandResult]] = field(default_factory=dict)
+    token: int = 0
+    step: int = 0
+    done_frozen_before_ms: int = 0
+    done_appended_before_ms: int = 0
+
+
+class MemoryBalances:
+    """A balance book on a MemoryRedis, as one process sees it. `now_ms` stands in for Redis' clock."""
+
+    def __init__(
+        self,
+        epoch: int = 1,
+        now_ms: Callable[[], int] = lambda: 0,
+        redis: MemoryRedis | None = None,
+        seen_entry: int = 0,
+    ) -> None:
+        self.redis = MemoryRedis(epoch) if redis is None else redis
         self.expected_epoch = epoch
-        self.accounts: dict[str, Account] = {}
-        self.outbox: list[OutboxEntry] = []
+        self.seen_entry = seen_entry
         self._now_ms = now_ms
-        self._fence_ms = 0
-        self._cells: dict[str, tuple[int, _Record]] = {}
-        self._requests: dict[str, tuple[str, CommandResult]] = {}
+        self._known_fence_ms = 0
 
     @property
     def known_fence_ms(self) -> int:
-        return self._fence_ms
+        return self._known_fence_ms
+
+    @property
+    def outbox(self) -> list[OutboxEntry]:
+        """Every entry that was not trimmed."""
+        return self.redis.outbox
 
     def balances(self) -> dict[str, int]:
         """Every account's balance (us)."""
-        return {name: account.balance_us for name, account in self.accounts.items()}
+        return {name: account.balance_us for name, account in self.redis.accounts.items()}
 
     def live_cells(self) -> set[str]:
         """The cells whose records are kept."""
-        return set(self._cells)
+        return set(self.redis.cells)
 
     def post(self, emissions: Sequence[Emission]) -> list[list[Answer]]:
-        self._check_epoch()
+        self._check()
         answers = []
         lines: list[list[object]] = []
         cells: list[list[object]] = []
@@ -74,14 +104,15 @@ class MemoryBalances:
                 endings.append([emission.scope, ending.reason, *times, ending.revision])
         if lines or endings:
             self._append({"cells": cells, "lines": lines, "endings": endings})
+        self._see()
         return answers
 
     def _post_cell(self, cell: CellPosting, lines: list[list[object]], cells: list[list[object]]) -> Answer:
         if sum(map(abs, cell.amounts.values())) > MAX_AMOUNT_US:
             return Answer.OVER_LIMIT
-        if cell.window_start_ms < self._fence_ms:
+        if cell.window_start_ms < self.redis.fence_ms:
             return Answer.FROZEN
-        _, known = self._cells.get(cell.cell_id, (0, _Record()))
+        _, known = self.redis.cells.get(cell.cell_id, (0, _Record()))
         if cell.revision < known.revision:
             return Answer.OLDER
         if cell.revision == known.revision:
@@ -89,26 +120,23 @@ class MemoryBalances:
         gone = sorted(known.amounts.keys() - cell.amounts.keys())
         named = sorted(cell.amounts)
         changes = {
-            account: cell.amounts.get(account, 0) - known.amounts.get(account, 0)
+            account: change
             for account in [*named, *gone]
+            if (change := cell.amounts.get(account, 0) - known.amounts.get(account, 0))
         }
-        changes[REVENUE] = -sum(changes.values())
-        changes = {account: change for account, change in changes.items() if change}
-        if any(
-            abs(self._account(name).balance_us + change) >= MAX_BALANCE_US for name, change in changes.items()
-        ):
+        moved = self._move_all(changes, len(cells), lambda name: _REASONS[name[0]])
+        if moved is None:
             return Answer.OVER_LIMIT
-        for name, change in changes.items():
-            lines.append([*self._move(name, change), _REASONS[name[0]], len(cells)])
-        if changes:
+        lines += moved
+        if moved:
             cells.append([cell.cell_id, cell.revision, cell.rate_version])
-        self._cells[cell.cell_id] = (cell.window_start_ms, _Record(cell.revision, dict(cell.amounts)))
+        self.redis.cells[cell.cell_id] = (cell.window_start_ms, _Record(cell.revision, dict(cell.amounts)))
         return Answer.POSTED
 
     def apply_command(self, command: Command) -> CommandResult:
-        self._check_epoch()
+        self._check()
         digest = command_digest(command)
-        known = self._requests.get(command.request_id)
+        known = self.redis.requests.get(command.request_id)
         if known is not None:
             if known[0] != digest:
                 return known[1]._replace(outcome=CommandOutcome.CONFLICT)
@@ -126,31 +154,123 @@ class MemoryBalances:
             or abs(other.balance_us - amount_us) >= MAX_BALANCE_US
         ):
             amount_us, outcome = 0, CommandOutcome.OVER_LIMIT
+        lines = []
         if amount_us:
             lines = [
                 [*self._move(name, amount_us), command.kind.value, 0],
                 [*self._move(counter, -amount_us), command.kind.value, 0],
             ]
-            self._append({"command": [command.request_id, command.actor, command.reason], "lines": lines})
         result = CommandResult(outcome, amount_us, account.balance_us)
-        self._requests[command.request_id] = (digest, result)
+        said = [command.request_id, command.actor, command.reason, digest, command.kind.value, name]
+        self._append(
+            {"command": [*said, str(amount_us), str(account.balance_us), outcome.value], "lines": lines}
+        )
+        self.redis.requests[command.request_id] = (digest, result)
+        self._see()
         return result
 
-    def raise_fence(self, frozen_before_ms: int) -> int:
-        self._check_epoch()
-        if frozen_before_ms > self._fence_ms:
-            self._fence_ms = frozen_before_ms
-            self._append({"fence": frozen_before_ms})
-        for cell_id in [cell_id for cell_id, (start, _) in self._cells.items() if start < self._fence_ms]:
-            del self._cells[cell_id]
-        return self._fence_ms
+    def set_floor(self, account: str, floor_us: int) -> None:
+        self._check()
+        state = self._account(account)
+        if state.floor_us != floor_us:
+            state.floor_us = floor_us
+            self._append({"floor": [account, str(floor_us)]})
+        self._see()
 
-    def _check_epoch(self) -> None:
-        if self.epoch != self.expected_epoch:
-            raise WrongRedis(f"EPOCH expected {self.expected_epoch}, found {self.epoch}")
+    def raise_fence(self, frozen_before_ms: int) -> int:
+        self._check()
+        redis = self.redis
+        if frozen_before_ms > redis.fence_ms:
+            redis.fence_ms = frozen_before_ms
+            self._append({"fence": frozen_before_ms})
+        for cell_id in [cell_id for cell_id, (start, _) in redis.cells.items() if start < redis.fence_ms]:
+            del redis.cells[cell_id]
+        self._see()
+        return redis.fence_ms
+
+    def begin_resettle(self) -> ResettleTicket:
+        self._check()
+        redis = self.redis
+        redis.token += 1
+        redis.step = 0
+        self._see()
+        return ResettleTicket(
+            redis.token,
+            redis.fence_ms,
+            redis.entries,
+            self._now_ms(),
+            redis.done_frozen_before_ms,
+            redis.done_appended_before_ms,
+        )
+
+    def post_corrections(self, token: int, step: int, corrections: Sequence[Correction]) -> CorrectionAnswer:
+        self._check()
+        redis = self.redis
+        self._see()
+        if token != redis.token:
+            return CorrectionAnswer.STALE
+        if step == redis.step:
+            return CorrectionAnswer.REPEATED
+        if step != redis.step + 1:
+            raise ValueError(f"STEP expected {redis.step} + 1, found {step}")
+        lines: list[list[object]] = []
+        cells: list[list[object]] = []
+        for correction in corrections:
+            if correction.window_start_ms >= redis.fence_ms:
+                raise ValueError(f"NOT_FROZEN {correction.cell_id} does not lie before the fence")
+            moved = self._move_all(correction.changes, len(cells), lambda _: "resettle")
+            if moved is None:
+                raise ValueError(f"OVER_LIMIT {correction.cell_id} would take a balance out of its range")
+            lines += moved
+            cells.append([correction.cell_id, token, correction.rate_version])
+        redis.step = step
+        self._append({"cells": cells, "lines": lines, "endings": []})
+        self._see()
+        return CorrectionAnswer.POSTED
+
+    def end_resettle(self, token: int, frozen_before_ms: int, appended_before_ms: int) -> None:
+        self._check()
+        if token == self.redis.token:
+            self.redis.done_frozen_before_ms = frozen_before_ms
+            self.redis.done_appended_before_ms = appended_before_ms
+        self._see()
+
+    def stored_entry(self) -> int:
+        return self.redis.ledger_stored
+
+    def note_stored(self, number: int) -> None:
+        """What the script of the outbox's reader does, without the trimming."""
+        self._check(seen_entry=number)
+        self.redis.ledger_stored = max(self.redis.ledger_stored, number)
+
+    def _check(self, seen_entry: int | None = None) -> None:
+        redis = self.redis
+        epoch = redis.rebuilding if redis.epoch is None else redis.epoch
+        if epoch != self.expected_epoch:
+            raise WrongRedis(f"EPOCH expected {self.expected_epoch}, found {epoch}")
+        seen_entry = self.seen_entry if seen_entry is None else seen_entry
+        if redis.entries < seen_entry:
+            redis.epoch = None
+            raise WrongRedis(f"EPOCH lost: the outbox has {redis.entries} entries, {seen_entry} were seen")
+
+    def _see(self) -> None:
+        self.seen_entry = max(self.seen_entry, self.redis.entries)
+        self._known_fence_ms = max(self._known_fence_ms, self.redis.fence_ms)
 
     def _account(self, name: str) -> Account:
-        return self.accounts.setdefault(name, Account())
+        return self.redis.accounts.setdefault(name, Account())
+
+    def _move_all(
+        self, changes: Mapping[str, int], reference: int, reason_of: Callable[[str], str]
+    ) -> list[list[object]] | None:
+        """The lines of these changes and of revenue's; None, with nothing moved, when one is out of range."""
+        everything = {**changes, REVENUE: -sum(changes.values())}
+        moves = {name: change for name, change in everything.items() if change}
+        if any(
+            abs(self._account(name).balance_us + change) >= MAX_BALANCE_US for name, change in moves.items()
+        ):
+            return None
+        return [[*self._move(name, change), reason_of(name), reference] for name, change in moves.items()]
 
     def _move(self, name: str, change_us: int) -> list[object]:
         account = self._account(name)
@@ -160,6 +280,9 @@ class MemoryBalances:
         return [name, account.seq, str(change_us), str(before_us), str(account.balance_us)]
 
     def _append(self, fields: dict[str, object]) -> None:
-        entry = {b"epoch": b"%d" % self.epoch, b"at": b"%d" % self._now_ms()}
+        redis = self.redis
+        redis.entries += 1
+        entry = {b"epoch": b"%d" % self.expected_epoch, b"at": b"%d" % self._now_ms()}
+        entry[b"entry"] = b"%d" % redis.entries
         entry |= {name.encode(): json.dumps(value).encode() for name, value in fields.items()}
-        self.outbox.append(parse_entry(entry))
+        redis.outbox.append(parse_entry(entry))

@@ -21,9 +21,17 @@ from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import ClickHouseError, DatabaseError, DataError, OperationalError
 
 from schemas.ports import StoreRefused
-from schemas.records import DeadLetter, FenceMove, LedgerLine, SettlementRecord
-from schemas.rows import LifecycleRow, UsageRow
-from sinks.retrying import ignore_retry, never_stop, retrying
+from schemas.records import (
+    DeadLetter,
+    FenceMove,
+    FloorRecord,
+    LedgerLine,
+    RequestRecord,
+    SettlementRecord,
+)
+from schemas.rows import LifecycleRow, StoredUpTo, UsageRow
+from sinks.retrying import never_stop, retrying
+from telemetry.quiet import ignore_retry
 
 INSERT_SETTINGS: Mapping[str, object] = {
     # Stored when answered, not queued in the server's memory.
@@ -142,6 +150,11 @@ class ClickHouseUsageStore(_Inserter):
         if letters:
             self._insert("dead_letters", dead_letter_columns(letters))
 
+    def insert_positions(self, positions: Sequence[StoredUpTo]) -> None:
+        """Note in `usage_positions` how far the store is."""
+        if positions:
+            self._insert("usage_positions", position_columns(positions))
+
 
 class ClickHouseJournal(_Inserter):
     """`schemas.ports.Journal` on ClickHouse.
@@ -164,6 +177,16 @@ class ClickHouseJournal(_Inserter):
         """Store moves of the fence in `fence_moves`."""
         if moves:
             self._insert("fence_moves", fence_move_columns(moves))
+
+    def insert_requests(self, requests: Sequence[RequestRecord]) -> None:
+        """Store results of money commands in `requests`."""
+        if requests:
+            self._insert("requests", request_columns(requests))
+
+    def insert_floors(self, floors: Sequence[FloorRecord]) -> None:
+        """Store floors in `floors`."""
+        if floors:
+            self._insert("floors", floor_columns(floors))
 
 
 # Columns: a list per field is several times cheaper than an object per row and field.
@@ -237,6 +260,7 @@ def ledger_columns(lines: Sequence[LedgerLine]) -> Columns:
         "actor": _text([line.actor for line in lines]),
         "note": _text([line.note for line in lines]),
         "posted_at_ms": _int64([line.posted_at_ms for line in lines]),
+        "entry": _uint64([line.entry for line in lines]),
     }
 
 
@@ -252,6 +276,7 @@ def settlement_columns(settlements: Sequence[SettlementRecord]) -> Columns:
         "revision": _int64([settlement.revision for settlement in settlements]),
         "epoch": _uint64([settlement.epoch for settlement in settlements]),
         "posted_at_ms": _int64([settlement.posted_at_ms for settlement in settlements]),
+        "entry": _uint64([settlement.entry for settlement in settlements]),
     }
 
 
@@ -261,6 +286,47 @@ def fence_move_columns(moves: Sequence[FenceMove]) -> Columns:
         "moved_at_ms": _int64([move.moved_at_ms for move in moves]),
         "frozen_before_ms": _int64([move.frozen_before_ms for move in moves]),
         "epoch": _uint64([move.epoch for move in moves]),
+        "entry": _uint64([move.entry for move in moves]),
+    }
+
+
+def request_columns(requests: Sequence[RequestRecord]) -> Columns:
+    """The columns of `requests`."""
+    return {
+        "request_id": _text([request.request_id for request in requests]),
+        "digest": _text([request.digest for request in requests]),
+        "kind": _text([request.kind for request in requests]),
+        "account": _text([request.account for request in requests]),
+        "amount_us": _int64([request.amount_us for request in requests]),
+        "balance_us": _int64([request.balance_us for request in requests]),
+        "outcome": _text([request.outcome for request in requests]),
+        "actor": _text([request.actor for request in requests]),
+        "note": _text([request.note for request in requests]),
+        "epoch": _uint64([request.epoch for request in requests]),
+        "entry": _uint64([request.entry for request in requests]),
+        "posted_at_ms": _int64([request.posted_at_ms for request in requests]),
+    }
+
+
+def floor_columns(floors: Sequence[FloorRecord]) -> Columns:
+    """The columns of `floors`."""
+    return {
+        "account": _text([floor.account for floor in floors]),
+        "floor_us": _int64([floor.floor_us for floor in floors]),
+        "epoch": _uint64([floor.epoch for floor in floors]),
+        "entry": _uint64([floor.entry for floor in floors]),
+        "set_at_ms": _int64([floor.set_at_ms for floor in floors]),
+    }
+
+
+def position_columns(positions: Sequence[StoredUpTo]) -> Columns:
+    """The columns of `usage_positions`."""
+    return {
+        "topic": _text([position.topic for position in positions]),
+        "log": _text([position.log for position in positions]),
+        "partition": _uint32([position.partition for position in positions]),
+        "next_offset": _uint64([position.next_offset for position in positions]),
+        "appended_at_ms": _int64([position.appended_at_ms for position in positions]),
     }
 
 

@@ -17,8 +17,9 @@ from schemas.dead_letter_headers import headers_of
 from schemas.records import DeadLetter
 from schemas.rejections import RejectReason
 from schemas.topics import DEAD_LETTERS
-from sinks.retrying import ignore_retry, retrying
+from sinks.retrying import retrying
 from telemetry import metrics
+from telemetry.quiet import ignore_retry
 
 DELIVERY_TIMEOUT_MS = 20_000
 FETCH_TIMEOUT_S = 10.0

@@ -1,49 +1,64 @@
-"""The outbox in Redis, from the side of its reader: trimming what is stored, setting aside what is foreign."""
+"""The outbox in Redis, from the side of its reader: what is stored, and what is foreign and set aside."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import redis
 
+from metering.ports import WrongRedis
 from schemas.messages import OutboxMessage
-from schemas.redis_keys import LEDGER_STREAM, UNREADABLE_STREAM
-from sinks.balances import heals
-from sinks.retrying import ignore_retry, retrying
+from schemas.redis_keys import UNREADABLE_STREAM
+from sinks.balances import heals, load_script, wrong_redis
+from sinks.retrying import retrying
+from telemetry.quiet import ignore_retry
 
 
 class RedisOutbox:
-    """Trims the stream behind what is stored: `retention_s` later, or at once what is stored beyond half of
-    `max_entries`, so that the retention never fills the outbox by itself."""
+    """Notes in Redis what is stored and trims the stream behind it: `retention_s` later, or at once what is
+    stored beyond half of `max_entries`."""
 
     def __init__(
         self,
         client: redis.Redis,
+        epoch: int,
         retention_s: int,
         max_entries: int,
         on_retry: Callable[[Exception], None] = ignore_retry,
     ) -> None:
         self._client = client
-        self._retention_ms = retention_s * 1000
-        self._max_entries = max_entries
+        self._note_stored = load_script(client, "note_stored")
+        self._condemn = load_script(client, "condemn")
+        self._epoch = str(epoch)
+        self._retention_ms = str(retention_s * 1000)
+        self._max_entries = str(max_entries)
         self._on_retry = on_retry
 
-    def trim(self, stored_id: bytes) -> int:
-        return retrying(lambda: self._trim_once(stored_id), heals=heals, on_retry=self._on_retry)
+    def note_stored(self, last: OutboxMessage, number: int) -> int:
+        arguments: list[str | bytes] = [
+            self._epoch,
+            str(number),
+            last.entry_id,
+            self._retention_ms,
+            self._max_entries,
+        ]
+        try:
+            left = retrying(lambda: self._note_stored(args=arguments), heals=heals, on_retry=self._on_retry)
+        except redis.ResponseError as error:
+            raise wrong_redis(error) from None
+        return int(left)
 
-    def _trim_once(self, stored_id: bytes) -> int:
-        client = self._client
-        seconds, _ = client.time()
-        entries = int(client.xlen(LEDGER_STREAM))
-        expired = f"{seconds * 1000 - self._retention_ms}-0"
-        keep_from = (
-            stored_id.decode()
-            if entries > self._max_entries // 2
-            else min(stored_id.decode(), expired, key=_sort_key)
-        )
-        # MINID keeps the entry of that very id: the last one stored stays, which costs nothing.
-        return entries - int(client.xtrim(LEDGER_STREAM, minid=keep_from, approximate=False))
+    def check_reached(self, number: int) -> None:
+        """Make sure that the outbox has had an entry of this number. Raises WrongRedis; then Redis lost its end,
+        and no script of anybody runs until it is rebuilt."""
+        self.note_stored(OutboxMessage(b"0-0", {}), number)
+
+    def condemn(self, why: str) -> NoReturn:
+        """Remove the epoch, so that no script of anybody runs until Redis is rebuilt, and raise WrongRedis.
+        Nothing is removed when a rebuild has set another epoch meanwhile."""
+        retrying(lambda: self._condemn(args=[self._epoch]), heals=heals, on_retry=self._on_retry)
+        raise WrongRedis(f"Redis lost its end ({why}): run `metering rebuild-balances`")
 
     def set_aside(self, message: OutboxMessage, why: str) -> None:
         entry: dict[Any, Any] = {**message.fields, b"entry_id": message.entry_id, b"why": why.encode()}
@@ -52,8 +67,3 @@ class RedisOutbox:
             heals=heals,
             on_retry=self._on_retry,
         )
-
-
-def _sort_key(entry_id: str) -> tuple[int, int]:
-    milliseconds, _, number = entry_id.partition("-")
-    return int(milliseconds), int(number)

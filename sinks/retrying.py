@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from schemas.ports import Interrupted
+from telemetry.quiet import ignore_retry
 
 Result = TypeVar("Result")
 
@@ -20,10 +21,6 @@ LISTEN_EVERY_S = 0.1
 def never_stop() -> bool:
     """The default for `stop`: keep trying."""
     return False
-
-
-def ignore_retry(error: Exception) -> None:
-    """The default for `on_retry`: nobody counts."""
 
 
 def retrying(

@@ -11,7 +11,6 @@ Laws:
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 from collections import deque
@@ -35,6 +34,7 @@ from confluent_kafka.admin import AdminClient
 
 from schemas.messages import RawMessage
 from telemetry import metrics
+from telemetry.quiet import KAFKA_LOGGER, ignore_retry
 
 SHORT_PAUSE = timedelta(milliseconds=5)
 LONG_PAUSE = timedelta(milliseconds=50)
@@ -48,14 +48,6 @@ ROUND_TRIP_S = 10.0
 COMMITTED_AFTER_SNAPSHOTS = 2
 """A snapshot is surely committed when the second one after it is taken: Bytewax reads the input of an epoch
 only after every earlier one has gone through all sinks."""
-
-
-SILENT = logging.Logger("librdkafka", logging.CRITICAL)
-"""For clients whose troubles are reported by this project's own lines."""
-
-
-def ignore_retry(error: Exception) -> None:
-    """The default for `on_retry`: nobody counts."""
 
 
 class WrongLog(Exception):
@@ -158,6 +150,7 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
         broker_append_time: bool,
         with_headers: bool,
         linger: timedelta,
+        reread: bool,
         on_missing_head: MissingHead | None,
         on_retry: Callable[[Exception], None],
     ) -> None:
@@ -170,6 +163,8 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
         self._broker_append_time = broker_append_time
         self._with_headers = with_headers
         self._linger = linger
+        self._reread = reread
+        self._started_at = self._next_offset
         self._on_missing_head = on_missing_head
         self._on_retry = on_retry
         self._last_appended_at_ms = 0
@@ -274,7 +269,11 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
         if len(self._snapshots) > COMMITTED_AFTER_SNAPSHOTS:
             self._progress.commit(self._partition, self._snapshots[0])
         head_untold = self._on_missing_head is not None
-        return SourcePosition(self._log.topic_id, self._log.partition_count, self._next_offset, head_untold)
+        go_on_at = self._next_offset
+        if self._reread:
+            known = len(self._snapshots) > COMMITTED_AFTER_SNAPSHOTS
+            go_on_at = self._snapshots[0].next_offset if known else self._started_at
+        return SourcePosition(self._log.topic_id, self._log.partition_count, go_on_at, head_untold)
 
     def close(self) -> None:
         """Leave the broker."""
@@ -291,8 +290,9 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
     """All partitions of one topic.
 
     `broker_append_time=False` stamps messages with this process's own clock, for a broker that cannot.
-    `linger` is how long to gather messages for one batch; `on_retry` hears of what the client tries again, such as
-    a broker that is away. Raises WrongLog, or KafkaException without a broker.
+    `linger` is how long to gather messages for one batch; `reread` goes on some snapshots earlier after a crash,
+    so that what Redis may have lost with its last moments is read again; `on_retry` hears of what the client
+    tries again, such as a broker that is away. Raises WrongLog, or KafkaException without a broker.
     """
 
     def __init__(
@@ -305,6 +305,7 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
         progress: Progress | None = None,
         with_headers: bool = False,
         linger: timedelta = timedelta(0),
+        reread: bool = False,
         on_missing_head: MissingHead | None = None,
         on_retry: Callable[[Exception], None] = ignore_retry,
     ) -> None:
@@ -315,6 +316,7 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
         self._progress = progress or Progress()
         self._with_headers = with_headers
         self._linger = linger
+        self._reread = reread
         self._on_missing_head = on_missing_head
         self._on_retry = on_retry
         self._log = describe_log(AdminClient({"bootstrap.servers": bootstrap}), topic)
@@ -341,7 +343,7 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
             start.offset = position.next_offset
         # The client tries for ever by itself; it only has to be said, and not ten times a second.
         reported = {"error_cb": lambda error: self._on_retry(KafkaException(error))}
-        consumer = Consumer(consumer_settings(self._bootstrap) | reported, logger=SILENT)
+        consumer = Consumer(consumer_settings(self._bootstrap) | reported, logger=KAFKA_LOGGER)
         return KafkaPartition(
             consumer,
             start,
@@ -351,6 +353,7 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
             broker_append_time=self._broker_append_time,
             with_headers=self._with_headers,
             linger=self._linger,
+            reread=self._reread,
             on_missing_head=self._on_missing_head if head_untold else None,
             on_retry=self._on_retry,
         )

@@ -2,17 +2,21 @@
 
 It keeps no place of its own: entries are trimmed only after their rows are stored, and an hour later, so what
 is read again at a start is a bounded repeat that the archive replaces.
+
+Entries are numbered. A stream that goes back, or whose entry of a number is not the one that was stored, is of a
+Redis that lost its end: it is refused, and the whole of Redis with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import redis
 from bytewax.inputs import FixedPartitionedSource, StatefulSourcePartition
 
+from metering.outbox import Continuity
 from schemas.messages import OutboxMessage
 from schemas.redis_keys import LEDGER_STREAM
 from telemetry import metrics
@@ -24,9 +28,17 @@ AWAY = timedelta(seconds=1)
 
 
 class _OutboxPartition(StatefulSourcePartition[list[OutboxMessage], None]):
-    def __init__(self, client: redis.Redis, away: Callable[[Exception], bool]) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        away: Callable[[Exception], bool],
+        continuity: Continuity,
+        refuse: Callable[[str], NoReturn],
+    ) -> None:
         self._client = client
         self._away = away
+        self._continuity = continuity
+        self._refuse = refuse
         self._last_id = b"0-0"
         self._pause = GATHER
 
@@ -44,8 +56,20 @@ class _OutboxPartition(StatefulSourcePartition[list[OutboxMessage], None]):
         self._pause = timedelta(0) if len(entries) == BATCH_ENTRIES else GATHER
         if not entries:
             return []
+        self._check(entries)
         self._last_id = entries[-1].entry_id
         return [entries]
+
+    def _check(self, entries: list[OutboxMessage]) -> None:
+        for entry in entries:
+            try:
+                number, at_ms = int(entry.fields[b"entry"]), int(entry.fields[b"at"])
+            except (KeyError, ValueError):
+                continue  # Foreign: whoever stores entries sets it aside.
+            metrics.OUTBOX_MISSING.inc(self._continuity.missing(number))
+            problem = self._continuity.check(number, at_ms)
+            if problem is not None:
+                self._refuse(problem)
 
     def next_awake(self) -> datetime | None:
         """At once while there is more, else after gathering."""
@@ -56,11 +80,23 @@ class _OutboxPartition(StatefulSourcePartition[list[OutboxMessage], None]):
 
 
 class OutboxSource(FixedPartitionedSource[list[OutboxMessage], None]):
-    """One reader. `away(error)` says that Redis is away, and reading goes on when it is back."""
+    """One reader.
 
-    def __init__(self, client: redis.Redis, away: Callable[[Exception], bool]) -> None:
+    `away(error)` says that Redis is away, and reading goes on when it is back. `continuity` knows what is stored;
+    `refuse` is called with what is wrong when the stream is of another history, and raises.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        away: Callable[[Exception], bool],
+        continuity: Continuity,
+        refuse: Callable[[str], NoReturn],
+    ) -> None:
         self._client = client
         self._away = away
+        self._continuity = continuity
+        self._refuse = refuse
 
     def list_parts(self) -> list[str]:
         """The stream."""
@@ -68,4 +104,4 @@ class OutboxSource(FixedPartitionedSource[list[OutboxMessage], None]):
 
     def build_part(self, step_id: str, for_part: str, resume_state: None) -> _OutboxPartition:
         """A reader at the head."""
-        return _OutboxPartition(self._client, self._away)
+        return _OutboxPartition(self._client, self._away, self._continuity, self._refuse)

@@ -18,6 +18,10 @@ COMMANDS = Counter("metering_commands", "Money commands carried out, by outcome"
 LEDGER_LINES = Counter("metering_ledger_lines", "Ledger lines stored in ClickHouse")
 STORED_ROWS = Counter("metering_stored_rows", "Rows stored in ClickHouse, by table", ["table"])
 UNREADABLE = Counter("metering_outbox_unreadable", "Outbox entries set aside because nobody can read them")
+OUTBOX_MISSING = Counter(
+    "metering_outbox_missing",
+    "Outbox entries that were removed before they were stored: the ledger has a gap, run `metering reconcile`",
+)
 RETRIES = Counter("metering_retries", "Attempts that failed and were made again, by effect", ["effect"])
 LAG_EVENTS = Gauge(
     "metering_consumer_lag_events",
@@ -31,6 +35,16 @@ LAG_SECONDS = Gauge(
 )
 FENCE = Gauge("metering_fence_seconds", "Where the fence stands, as Unix time")
 OUTBOX_ENTRIES = Gauge("metering_outbox_entries", "Entries in the outbox, drained ones in retention included")
+RESETTLED_CELLS = Counter("metering_resettled_cells", "Frozen cells that a resettle corrected")
+RESETTLE_RUNS = Counter("metering_resettle_runs", "Resettles on the timer, by result", ["result"])
+RESETTLE_AGE = Gauge(
+    "metering_resettle_completed_seconds", "When the last complete resettle ended, as Unix time"
+)
+RECONCILE_RUNS = Counter("metering_reconcile_runs", "Reconciliations on the timer, by result", ["result"])
+DRIFT_US = Gauge("metering_drift_us", "Microseconds by which the books differ, by comparison", ["comparison"])
+DRIFT_ITEMS = Gauge(
+    "metering_drift_items", "Accounts, cells, messages that differ, by comparison", ["comparison"]
+)
 LIVE_SCOPES = Gauge("metering_live_scopes", "Scopes whose state is kept")
 
 

@@ -6,13 +6,13 @@ its own append time, whatever a topic's configuration says.
 
 from __future__ import annotations
 
-import logging
 import signal
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from app.embedded.process import LOOPBACK, Service, ServiceError, accepts_connections, package
+from telemetry.quiet import KAFKA_LOGGER
 
 
 def service(port: int) -> Service:
@@ -48,7 +48,7 @@ def kafka_answers(port: int) -> bool:
     # A client that cannot connect complains on stderr, so first ask whether anybody listens.
     if not accepts_connections(port):
         return False
-    client = AdminClient({"bootstrap.servers": f"{LOOPBACK}:{port}"}, logger=_silent)
+    client = AdminClient({"bootstrap.servers": f"{LOOPBACK}:{port}"}, logger=KAFKA_LOGGER)
     try:
         metadata = client.list_topics(timeout=2)
         # A restarted Kafka answers before it has taken its partitions over.
@@ -56,8 +56,3 @@ def kafka_answers(port: int) -> bool:
         return len(metadata.brokers) > 0 and all(part.leader >= 0 for part in partitions)
     except KafkaException:
         return False
-
-
-_silent = logging.getLogger("app.embedded.broker.health")
-_silent.addHandler(logging.NullHandler())
-_silent.propagate = False

@@ -1,23 +1,25 @@
 -- Carries out one money command as a double posting, once for each request id.
 --
--- ARGV: epoch, outbox bound, request id, digest of the body, kind (top_up, adjustment, write_off), account,
---   counter account (a node's for a write-off), amount (us), metadata (JSON).
--- Reply: 'FULL', or {outcome, amount (us) that was moved, balance after (us)} with outcome APPLIED, REPLAYED
+-- ARGV: epoch, entries seen, outbox bound, request id, digest of the body, kind (top_up, adjustment, write_off),
+--   account, counter account (a node's for a write-off), amount (us), who and why as JSON strings
+--   ("request id","actor","reason").
+-- What came of it goes to the outbox even when nothing moved, so that a rebuild knows it too.
+-- Reply: 'FULL', or {last entry, outcome, amount (us) that was moved, balance after (us)} with outcome APPLIED, REPLAYED
 --   (same id, same body: the first result), CONFLICT (same id, another body) or OVER_LIMIT.
 -- Errors: EPOCH ... when this is not the Redis that the caller means; nothing was done.
 
-local mismatch = epoch_mismatch(ARGV[1])
-if mismatch then return mismatch end
+local refused = refusal()
+if refused then return refused end
 
-local request = 'request:' .. ARGV[3]
+local request = 'request:' .. ARGV[4]
 local stored = call('HMGET', request, 'digest', 'amount_us', 'balance_us', 'outcome')
 if stored[1] then
   local repeated = stored[4] == 'OVER_LIMIT' and 'OVER_LIMIT' or 'REPLAYED'
-  return {stored[1] == ARGV[4] and repeated or 'CONFLICT', stored[2], stored[3]}
+  return {last_entry(), stored[1] == ARGV[5] and repeated or 'CONFLICT', stored[2], stored[3]}
 end
-if call('XLEN', 'ledger') >= tonumber(ARGV[2]) then return 'FULL' end
+if call('XLEN', 'ledger') >= tonumber(ARGV[3]) then return 'FULL' end
 
-local kind, account, counter, amount = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
+local kind, account, counter, amount = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
 local state, counter_state = account_state(account), account_state(counter)
 
 if kind == 'write_off' then
@@ -44,10 +46,10 @@ end
 -- From here on only writes.
 local at = now_ms()
 write_accounts(at)
-call('HSET', request, 'digest', ARGV[4], 'amount_us', amount, 'balance_us', state.balance, 'outcome', outcome,
+call('HSET', request, 'digest', ARGV[5], 'amount_us', amount, 'balance_us', state.balance, 'outcome', outcome,
   'at_ms', at)
-if #lines > 0 then
-  call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'at', at,
-    'command', ARGV[9], 'lines', '[' .. table.concat(lines, ',') .. ']')
-end
-return {outcome, amount, state.balance}
+append(at,
+  'command', '[' .. ARGV[10] .. ',"' .. ARGV[5] .. '","' .. kind .. '","' .. account .. '","' .. amount .. '","'
+    .. state.balance .. '","' .. outcome .. '"]',
+  'lines', '[' .. table.concat(lines, ',') .. ']')
+return {last_entry(), outcome, amount, state.balance}

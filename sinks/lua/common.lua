@@ -2,14 +2,36 @@
 --
 -- Laws: a script reads and checks everything first and writes last, because one that fails midway keeps what
 -- it wrote. Amounts travel and are stored as decimal strings: Lua numbers are doubles, exact only below 2^53.
--- A script runs only on the Redis it was meant for (the epoch), and appends at most one entry to the outbox.
+-- A script runs only on the Redis it was meant for (`refusal`), and appends at most one entry to the outbox.
 
 local call, format, sub = redis.call, string.format, string.sub
 
-local function epoch_mismatch(expected)
-  local epoch = call('GET', 'epoch')
-  if epoch == expected then return nil end
-  return redis.error_reply('EPOCH expected ' .. expected .. ', found ' .. (epoch or 'none'))
+-- Every script begins with ARGV: epoch, number of the last outbox entry that the caller has seen. Returns the
+-- error to answer with when this is not the Redis that the caller means, else nil.
+--
+-- Fewer entries than somebody saw before means that Redis lost its end. The epoch goes with it, so that from then
+-- on every script of every caller refuses, until a rebuild sets a new one. While that rebuild is under way only it
+-- knows the coming epoch.
+local function refusal()
+  local epoch = call('GET', 'epoch') or call('GET', 'rebuilding')
+  if epoch ~= ARGV[1] then
+    return redis.error_reply('EPOCH expected ' .. ARGV[1] .. ', found ' .. (epoch or 'none'))
+  end
+  local entries = call('GET', 'entries') or '0'
+  if tonumber(entries) < tonumber(ARGV[2]) then
+    call('DEL', 'epoch')
+    return redis.error_reply('EPOCH lost: the outbox has ' .. entries .. ' entries, ' .. ARGV[2] .. ' were seen')
+  end
+  return nil
+end
+
+-- Appends one numbered entry to the outbox; the number grows without gaps, across epochs too.
+local function append(at, ...)
+  call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'entry', call('INCR', 'entries'), 'at', at, ...)
+end
+
+local function last_entry()
+  return call('GET', 'entries') or '0'
 end
 
 local function now_ms()
@@ -97,4 +119,23 @@ end
 local function line(account, state, change, before, reason, reference)
   return '["' .. account .. '",' .. format('%.0f', state.seq) .. ',"' .. change .. '","' .. before
     .. '","' .. state.balance .. '","' .. reason .. '",' .. reference .. ']'
+end
+
+-- Adds the changes (us, as numbers below 2^53) to the accounts and `lines`, all or none; `reason_of` gives a line's
+-- reason by account. False, with nothing staged, when a balance would leave its range.
+local afters = {}
+local function stage(names, changes, count, lines, reference, reason_of)
+  for index = 1, count do
+    local after = add(account_state(names[index]).balance, format('%.0f', changes[index]))
+    if not after then return false end
+    afters[index] = after
+  end
+  for index = 1, count do
+    local account = names[index]
+    local state = accounts[account]
+    local before = state.balance
+    state.balance, state.seq, state.changed = afters[index], state.seq + 1, true
+    lines[#lines + 1] = line(account, state, format('%.0f', changes[index]), before, reason_of(account), reference)
+  end
+  return true
 end

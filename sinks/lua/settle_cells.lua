@@ -1,26 +1,27 @@
 -- Posts cells: the difference between each new vector and the last one, and any endings of scopes.
 --
--- ARGV: epoch, outbox bound, number of cells, number of endings; then per cell: cell id, window start (ms),
---   revision, metadata (JSON), and the vector: all accounts but platform/revenue, sorted, as
+-- ARGV: epoch, entries seen, outbox bound, number of cells, number of endings; then per cell: cell id, window
+--   start (ms), revision, metadata (JSON), and the vector: all accounts but platform/revenue, sorted, as
 --   "account=amount;account=amount" (us); then per ending its JSON.
--- Reply: 'FULL' when the outbox is at its bound (nothing was done), else {fence, answer, answer, ...} with
---   POSTED, OLDER, FROZEN or OVER_LIMIT per cell.
+-- Reply: 'FULL' when the outbox is at its bound (nothing was done), else {fence, last entry, answer, answer, ...}
+--   with POSTED, OLDER, FROZEN or OVER_LIMIT per cell.
 -- Errors: EPOCH ... when this is not the Redis that the caller means; nothing was done.
 
-local mismatch = epoch_mismatch(ARGV[1])
-if mismatch then return mismatch end
-if call('XLEN', 'ledger') >= tonumber(ARGV[2]) then return 'FULL' end
+local refused = refusal()
+if refused then return refused end
+if call('XLEN', 'ledger') >= tonumber(ARGV[3]) then return 'FULL' end
 
 local gmatch, find, insert = string.gmatch, string.find, table.insert
 local fence = call('GET', 'frozen_before_ms') or '0'
 local frozen_before = tonumber(fence)
-local reply = {fence}
+local reply = {fence, ''}
 -- What this call writes: records by cell id, their windows, metadata and lines of the outbox entry.
 local records, starts, metadata, lines = {}, {}, {}, {}
 local at = now_ms()
 
 local reasons = {u = 'charge', n = 'credit', p = 'revenue'}
-local names, changes, afters = {}, {}, {}
+local function reason_of(account) return reasons[sub(account, 1, 1)] end
+local names, changes = {}, {}
 
 -- The changes from the old vector to the new one, as `names` and `changes`, revenue last; returns how many.
 local function difference(old, new)
@@ -54,34 +55,16 @@ local function difference(old, new)
   return count
 end
 
--- Stages the first `count` changes; false, with nothing staged, when a balance would leave its range.
-local function stage(count)
-  for index = 1, count do
-    local after = add(account_state(names[index]).balance, format('%.0f', changes[index]))
-    if not after then return false end
-    afters[index] = after
-  end
-  local reference = format('%d', #metadata)
-  for index = 1, count do
-    local account = names[index]
-    local state = accounts[account]
-    local before = state.balance
-    state.balance, state.seq, state.changed = afters[index], state.seq + 1, true
-    insert(lines, line(account, state, format('%.0f', changes[index]), before, reasons[sub(account, 1, 1)], reference))
-  end
-  return true
-end
-
 -- Each call into Redis costs more than what it does: what can be read or written at once is, by so many keys.
 local AT_ONCE = 1000
 
 local stored = {}
-local cells = tonumber(ARGV[3])
+local cells = tonumber(ARGV[4])
 for first = 1, cells, AT_ONCE do
   local keys = {}
-  for cell = first, math.min(first + AT_ONCE - 1, cells) do insert(keys, 'cell:' .. ARGV[cell * 5]) end
+  for cell = first, math.min(first + AT_ONCE - 1, cells) do insert(keys, 'cell:' .. ARGV[cell * 5 + 1]) end
   for offset, record in ipairs(call('MGET', unpack(keys))) do
-    stored[ARGV[(first + offset - 1) * 5]] = record
+    stored[ARGV[(first + offset - 1) * 5 + 1]] = record
   end
 end
 
@@ -100,20 +83,20 @@ local function post(cell, start, revision, meta, vector)
     if number == known then return old == vector and 'POSTED' or 'OLDER' end
   end
   local count = difference(old, vector)
-  if not stage(count) then return 'OVER_LIMIT' end
+  if not stage(names, changes, count, lines, format('%d', #metadata), reason_of) then return 'OVER_LIMIT' end
   if count > 0 then insert(metadata, meta) end
   records[cell], starts[cell] = revision .. '|' .. vector, start
   return 'POSTED'
 end
 
-local index = 5
+local index = 6
 for _ = 1, cells do
   insert(reply, post(ARGV[index], ARGV[index + 1], ARGV[index + 2], ARGV[index + 3], ARGV[index + 4]))
   index = index + 5
 end
 
 local endings = {}
-for _ = 1, tonumber(ARGV[4]) do
+for _ = 1, tonumber(ARGV[5]) do
   insert(endings, ARGV[index])
   index = index + 1
 end
@@ -137,9 +120,10 @@ for cell, record in pairs(records) do
 end
 write_records()
 if #lines > 0 or #endings > 0 then
-  call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'at', at,
+  append(at,
     'cells', '[' .. table.concat(metadata, ',') .. ']',
     'lines', '[' .. table.concat(lines, ',') .. ']',
     'endings', '[' .. table.concat(endings, ',') .. ']')
 end
+reply[2] = last_entry()
 return reply

@@ -11,16 +11,19 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metering.commands import CommandOutcome
+from metering.commands import CommandOutcome, command_digest
+from metering.facts import Correction
 from metering.live import Answer, CellPosting, Emission, Ending
 from metering.money import MAX_AMOUNT_US
 from metering.outbox import OutboxEntry, parse_entry
-from metering.ports import BalanceBook, WrongRedis
+from metering.ports import BalanceBook, CorrectionAnswer, WrongRedis
 from schemas import redis_keys
 from schemas.commands import Command, CommandKind
+from schemas.messages import OutboxMessage
 from schemas.records import LedgerLine, SettlementReason
 from sinks.balances import RedisBalances
 from sinks.balances_memory import MemoryBalances
+from sinks.outbox import RedisOutbox
 
 START_MS = 1_767_225_600_000
 
@@ -36,7 +39,14 @@ class Bench(Protocol):
 
     def live_cells(self) -> set[str]: ...
 
-    def set_epoch(self, epoch: int) -> None: ...
+    def set_epoch(self, epoch: int | None, rebuilding: int | None = None) -> None: ...
+
+    def lose_end(self) -> None:
+        """Go back to a state with no entry at all, under the same epoch."""
+
+    def note_stored(self, number: int) -> None: ...
+
+    def floor_us(self, account: str) -> int: ...
 
 
 @dataclass
@@ -52,8 +62,17 @@ class MemoryBench:
     def live_cells(self) -> set[str]:
         return self.book.live_cells()
 
-    def set_epoch(self, epoch: int) -> None:
-        self.book.epoch = epoch
+    def set_epoch(self, epoch: int | None, rebuilding: int | None = None) -> None:
+        self.book.redis.epoch, self.book.redis.rebuilding = epoch, rebuilding
+
+    def lose_end(self) -> None:
+        self.book.redis.entries = 0
+
+    def note_stored(self, number: int) -> None:
+        self.book.note_stored(number)
+
+    def floor_us(self, account: str) -> int:
+        return self.book.redis.accounts[account].floor_us
 
 
 class RedisBench:
@@ -77,8 +96,21 @@ class RedisBench:
         assert cells == {key.decode()[cut:] for key in self._client.scan_iter(f"{redis_keys.CELL_PREFIX}*")}
         return cells
 
-    def set_epoch(self, epoch: int) -> None:
-        self._client.set(redis_keys.EPOCH, epoch)
+    def set_epoch(self, epoch: int | None, rebuilding: int | None = None) -> None:
+        for key, value in ((redis_keys.EPOCH, epoch), (redis_keys.REBUILDING, rebuilding)):
+            self._client.delete(key)
+            if value is not None:
+                self._client.set(key, value)
+
+    def lose_end(self) -> None:
+        self._client.delete(redis_keys.ENTRIES)
+
+    def note_stored(self, number: int) -> None:
+        outbox = RedisOutbox(self._client, epoch=1, retention_s=3_600, max_entries=1_000_000)
+        outbox.note_stored(OutboxMessage(b"0-0", {}), number)
+
+    def floor_us(self, account: str) -> int:
+        return int(self._client.hget(redis_keys.balance(account), "floor_us") or 0)
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -268,14 +300,142 @@ def test_a_write_off_is_clamped_to_debt_and_credit(bench: Bench) -> None:
     assert_chains_are_whole(lines_of(bench), bench.balances())
 
 
+def correction(changes: dict[str, int], start_ms: int = START_MS, room: str = "r-1") -> Correction:
+    return Correction(f"room/{room}@{start_ms}", start_ms, "v1", changes)
+
+
+def test_a_resettle_posts_changes_of_frozen_cells_once(bench: Bench) -> None:
+    """All or none, against revenue, with the reason `resettle`; a repeated step changes nothing."""
+    post(bench, cell({"user/u-1": -70, "node/n-1": 20}))
+    bench.book.raise_fence(START_MS + 60_000)
+    ticket = bench.book.begin_resettle()
+    assert (ticket.token, ticket.frozen_before_ms, ticket.entries) == (1, START_MS + 60_000, 2)
+    assert (ticket.done_frozen_before_ms, ticket.done_appended_before_ms) == (0, 0)
+    changes = [correction({"user/u-1": 30, "user/u-2": -40}), correction({"user/u-3": -1}, room="r-2")]
+    assert bench.book.post_corrections(1, 1, changes) is CorrectionAnswer.POSTED
+    assert bench.book.post_corrections(1, 1, changes) is CorrectionAnswer.REPEATED
+    assert nonzero(bench.balances()) == {
+        "user/u-1": -40, "user/u-2": -40, "user/u-3": -1, "node/n-1": 20, "platform/revenue": 61,
+    }  # fmt: skip
+    lines = bench.entries()[-1].lines
+    assert [(line.account, line.change_us, line.cell_id, line.reason, line.revision) for line in lines] == [
+        ("user/u-1", 30, f"room/r-1@{START_MS}", "resettle", 1),
+        ("user/u-2", -40, f"room/r-1@{START_MS}", "resettle", 1),
+        ("platform/revenue", 10, f"room/r-1@{START_MS}", "resettle", 1),
+        ("user/u-3", -1, f"room/r-2@{START_MS}", "resettle", 1),
+        ("platform/revenue", 1, f"room/r-2@{START_MS}", "resettle", 1),
+    ]
+    assert_chains_are_whole(lines_of(bench), bench.balances())
+
+
+def test_a_newer_token_voids_the_older_ones(bench: Bench) -> None:
+    """What an overtaken resettle still wants to post, or to remember, is not done."""
+    bench.book.raise_fence(START_MS + 60_000)
+    old, new = bench.book.begin_resettle(), bench.book.begin_resettle()
+    assert new.token == old.token + 1
+    stale = bench.book.post_corrections(old.token, 1, [correction({"user/u-1": -1})])
+    assert stale is CorrectionAnswer.STALE
+    bench.book.end_resettle(old.token, 7, 8)
+    assert bench.balances() == {}
+    assert bench.book.begin_resettle()[4:] == (0, 0)
+
+
+def test_up_to_where_a_resettle_was_complete_is_remembered(bench: Bench) -> None:
+    """The next ticket tells it."""
+    token = bench.book.begin_resettle().token
+    bench.book.end_resettle(token, 120_000, 99)
+    ticket = bench.book.begin_resettle()
+    assert (ticket.done_frozen_before_ms, ticket.done_appended_before_ms) == (120_000, 99)
+
+
+def test_a_live_cell_is_never_resettled(bench: Bench) -> None:
+    """A window that starts at the fence is live: the call is refused as a whole."""
+    bench.book.raise_fence(START_MS + 60_000)
+    token = bench.book.begin_resettle().token
+    live = correction({"user/u-2": -1}, START_MS + 60_000)
+    with pytest.raises((ValueError, redis.ResponseError), match="NOT_FROZEN"):
+        bench.book.post_corrections(token, 1, [live])
+    assert nonzero(bench.balances()) == {}
+    assert bench.book.post_corrections(token, 1, [correction({"user/u-1": -1})]) is CorrectionAnswer.POSTED
+
+
+def test_a_book_that_lost_its_end_is_refused_by_everyone_from_then_on(bench: Bench) -> None:
+    """Whoever saw more entries than there are takes the epoch away, so that nobody else goes on either."""
+    post(bench, cell({"user/u-1": -70}))
+    bench.lose_end()
+    with pytest.raises(WrongRedis, match="EPOCH lost: the outbox has 0 entries, 1 were seen"):
+        post(bench, cell({"user/u-1": -80}, revision=2))
+    with pytest.raises(WrongRedis, match="EPOCH expected 1, found"):
+        bench.book.begin_resettle()
+    assert bench.balances()["user/u-1"] == -70
+
+
+def test_while_a_rebuild_is_under_way_only_the_coming_epoch_may_write(bench: Bench) -> None:
+    """Whoever knows the old epoch is refused."""
+    bench.set_epoch(None, rebuilding=2)
+    with pytest.raises(WrongRedis, match="EPOCH expected 1, found 2"):
+        post(bench, cell({"user/u-1": -70}))
+    bench.set_epoch(None, rebuilding=1)
+    assert post(bench, cell({"user/u-1": -70})) == [Answer.POSTED]
+
+
+def test_what_is_stored_is_noted_and_never_goes_back(bench: Bench) -> None:
+    """A number that the outbox never had is a sign of a lost end."""
+    post(bench, cell({"user/u-1": -70}))
+    post(bench, cell({"user/u-1": -71}, revision=2))
+    bench.note_stored(2)
+    bench.note_stored(1)
+    assert bench.book.stored_entry() == 2
+    with pytest.raises(WrongRedis, match="EPOCH lost: the outbox has 2 entries, 3 were seen"):
+        bench.note_stored(3)
+
+
+def test_entries_are_numbered_without_gaps(bench: Bench) -> None:
+    """Whatever the script was; what writes nothing has no number."""
+    post(bench, cell({"user/u-1": -70}))
+    post(bench, cell({"user/u-1": -70}))
+    bench.book.apply_command(top_up("q-1", 5))
+    bench.book.set_floor("user/u-1", -5)
+    bench.book.set_floor("user/u-1", -5)
+    bench.book.raise_fence(START_MS)
+    assert [entry.number for entry in bench.entries()] == [1, 2, 3, 4]
+
+
+def test_a_floor_of_its_own_stays(bench: Bench) -> None:
+    """It is in the outbox too, and a posting leaves it."""
+    bench.book.set_floor("user/u-1", -600)
+    post(bench, cell({"user/u-1": -70}))
+    assert bench.floor_us("user/u-1") == -600
+    (floor,) = bench.entries()[0].floors
+    assert (floor.account, floor.floor_us, floor.epoch, floor.entry) == ("user/u-1", -600, 1, 1)
+    assert bench.balances()["user/u-1"] == -70
+
+
+def test_every_command_leaves_its_result_in_the_outbox(bench: Bench) -> None:
+    """Also one that moved nothing, since its first result is the one that counts, for ever."""
+    command = write_off("w-0", 99)
+    bench.book.apply_command(command)
+    (entry,) = bench.entries()
+    (request,) = entry.requests
+    assert entry.lines == []
+    told = (request.request_id, request.kind, request.account, request.amount_us, request.outcome)
+    assert told == ("w-0", "write_off", "user/u-1", 0, "APPLIED")
+    assert request.digest == command_digest(command)
+
+
 accounts = st.sampled_from(["user/u-1", "user/u-2", "user/u-3", "node/n-1"])
 vectors = st.dictionaries(accounts, st.integers(-(10**16), 10**16), max_size=4)
+small_vectors = st.dictionaries(accounts, st.integers(-MAX_AMOUNT_US // 4, MAX_AMOUNT_US // 4), min_size=1)
 operations = st.lists(
     st.one_of(
         st.tuples(st.just("post"), st.integers(0, 2), st.integers(1, 6), vectors),
         st.tuples(st.just("fence"), st.integers(0, 3)),
         st.tuples(st.just("top_up"), st.integers(0, 3), st.integers(1, MAX_AMOUNT_US)),
         st.tuples(st.just("write_off"), st.integers(4, 6), st.integers(1, MAX_AMOUNT_US)),
+        st.tuples(st.just("begin_resettle")),
+        st.tuples(st.just("correct"), st.integers(1, 2), st.integers(0, 2), small_vectors),
+        st.tuples(st.just("end_resettle"), st.integers(1, 2)),
+        st.tuples(st.just("floor"), st.integers(-3, 3)),
     ),
     max_size=12,
 )
@@ -297,13 +457,26 @@ def test_redis_and_its_twin_agree_on_everything(script: list[tuple], redis_clien
     assert_chains_are_whole(lines_of(server), server.balances())
 
 
-def _carry_out(twin: Bench, operation: tuple) -> object:
+def _carry_out(twin: Bench, operation: tuple) -> object:  # noqa: PLR0911
     name, *arguments = operation
     if name == "post":
         window, revision, vector = arguments
         return post(twin, cell(vector, revision, START_MS + window * 60_000))
     if name == "fence":
         return twin.book.raise_fence(START_MS + arguments[0] * 60_000)
+    if name == "begin_resettle":
+        return twin.book.begin_resettle()._replace(at_ms=0)
+    if name == "correct":
+        token, window, vector = arguments
+        changes = {account: amount for account, amount in vector.items() if amount}
+        try:
+            return twin.book.post_corrections(token, 1, [correction(changes, START_MS + window * 60_000)])
+        except (ValueError, redis.ResponseError) as error:
+            return str(error).partition(" ")[0]
+    if name == "end_resettle":
+        return twin.book.end_resettle(arguments[0], START_MS, 5)
+    if name == "floor":
+        return twin.book.set_floor("user/u-1", arguments[0])
     request, amount = arguments
     command = top_up(f"q-{request}", amount) if name == "top_up" else write_off(f"q-{request}", amount)
     return twin.book.apply_command(command)

@@ -7,18 +7,38 @@ from collections.abc import Iterator
 import pytest
 import redis
 from bytewax.testing import TestingSource, run_main
+from prometheus_client import REGISTRY
 
 from flows.ledger import build_flow
 from metering.live import CellPosting, Emission
+from metering.outbox import Continuity
+from metering.ports import WrongRedis
 from schemas import redis_keys
 from schemas.messages import OutboxMessage
 from schemas.ports import StoreRefused
 from schemas.records import LedgerLine
-from sinks.balances import RedisBalances
+from sinks.balances import RedisBalances, heals
 from sinks.memory import MemoryJournal
 from sinks.outbox import RedisOutbox
+from sources.outbox import OutboxSource
 
 HOUR_S = 3_600
+
+
+@pytest.fixture
+def client(redis_client: redis.Redis) -> redis.Redis:
+    """A Redis in use."""
+    redis_client.set(redis_keys.EPOCH, 1)
+    redis_client.set(redis_keys.ENTRIES, 100)
+    return redis_client
+
+
+def outbox(client: redis.Redis, retention_s: int = HOUR_S, max_entries: int = 1_000) -> RedisOutbox:
+    return RedisOutbox(client, 1, retention_s, max_entries)
+
+
+def entry(entry_id: bytes) -> OutboxMessage:
+    return OutboxMessage(entry_id, {})
 
 
 def old_entries(client: redis.Redis, count: int) -> None:
@@ -31,28 +51,94 @@ def left(client: redis.Redis) -> list[str]:
     return [entry_id.decode() for entry_id, _ in client.xrange(redis_keys.LEDGER_STREAM)]
 
 
-def test_only_what_is_stored_is_trimmed_however_old(redis_client: redis.Redis) -> None:
-    """The last stored entry itself may stay."""
-    old_entries(redis_client, 5)
-    assert RedisOutbox(redis_client, HOUR_S, 1_000).trim(b"3-0") == 3
-    assert left(redis_client) == ["3-0", "4-0", "5-0"]
+def test_only_what_is_stored_is_trimmed_however_old(client: redis.Redis) -> None:
+    """The last stored entry itself may stay; its number is noted."""
+    old_entries(client, 5)
+    assert outbox(client).note_stored(entry(b"3-0"), 3) == 3
+    assert left(client) == ["3-0", "4-0", "5-0"]
+    assert client.get(redis_keys.LEDGER_STORED) == b"3"
 
 
-def test_what_is_stored_stays_for_the_retention(redis_client: redis.Redis) -> None:
+def test_what_is_stored_stays_for_the_retention(client: redis.Redis) -> None:
     """An hour, so that a restarted reader repeats a bounded piece and nothing is missing."""
-    entries = [redis_client.xadd(redis_keys.LEDGER_STREAM, {"n": number}) for number in range(3)]
+    entries = [client.xadd(redis_keys.LEDGER_STREAM, {"n": number}) for number in range(3)]
     last = entries[-1]
     assert isinstance(last, bytes)
-    assert RedisOutbox(redis_client, HOUR_S, 1_000).trim(last) == 3
+    assert outbox(client).note_stored(entry(last), 3) == 3
 
 
-def test_the_retention_never_fills_the_outbox(redis_client: redis.Redis) -> None:
+def test_the_retention_never_fills_the_outbox(client: redis.Redis) -> None:
     """With more than half of the bound in use, what is stored goes at once."""
-    entries = [redis_client.xadd(redis_keys.LEDGER_STREAM, {"n": number}) for number in range(6)]
+    entries = [client.xadd(redis_keys.LEDGER_STREAM, {"n": number}) for number in range(6)]
     stored = entries[3]
     assert isinstance(stored, bytes)
-    assert RedisOutbox(redis_client, HOUR_S, 10).trim(stored) == 3
-    assert left(redis_client)[0] == stored.decode()
+    assert outbox(client, max_entries=10).note_stored(entry(stored), 4) == 3
+    assert left(client)[0] == stored.decode()
+
+
+def test_an_outbox_that_lost_its_end_is_condemned(client: redis.Redis) -> None:
+    """The reader knows a higher number than Redis does: from then on no script runs."""
+    client.set(redis_keys.ENTRIES, 4)
+    with pytest.raises(WrongRedis, match="rebuild-balances"):
+        outbox(client).check_reached(5)
+    assert client.get(redis_keys.EPOCH) is None
+
+
+def test_a_reader_of_an_older_epoch_notes_nothing(client: redis.Redis) -> None:
+    """One that slept through a rebuild must not say that entries of the new epoch are stored."""
+    client.set(redis_keys.EPOCH, 2)
+    with pytest.raises(WrongRedis):
+        outbox(client).note_stored(entry(b"3-0"), 3)
+    with pytest.raises(WrongRedis):
+        outbox(client).condemn("it looks odd")
+    assert client.get(redis_keys.EPOCH) == b"2"
+    assert client.get(redis_keys.LEDGER_STORED) is None
+
+
+def numbered(client: redis.Redis, number: int, at_ms: int = 7) -> None:
+    client.xadd(redis_keys.LEDGER_STREAM, {"epoch": 1, "entry": number, "at": at_ms, "fence": 60_000})
+
+
+def read(client: redis.Redis, continuity: Continuity) -> list[int]:
+    """The numbers of the entries that a reader hands on."""
+    part = OutboxSource(client, heals, continuity, outbox(client).condemn).build_part("in", "ledger", None)
+    return [int(message.fields[b"entry"]) for batch in part.next_batch() for message in batch]
+
+
+def test_entries_are_read_from_what_is_stored_on(client: redis.Redis) -> None:
+    """Entries that are stored already may come again."""
+    for number in (4, 5, 6):
+        numbered(client, number)
+    assert read(client, Continuity(5, 7)) == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "stored_at_ms"),
+    [((4, 5, 5), 7), ((5, 4), 7), ((4, 5, 6), 8)],
+    ids=["a number twice", "going back", "another entry of the number that is stored"],
+)
+def test_another_history_is_condemned(
+    client: redis.Redis, numbers: tuple[int, ...], stored_at_ms: int
+) -> None:
+    """A Redis that came back without its end gives numbers again, for other entries."""
+    for number in numbers:
+        numbered(client, number)
+    with pytest.raises(WrongRedis, match="lost its end"):
+        read(client, Continuity(5, stored_at_ms))
+    assert client.get(redis_keys.EPOCH) is None
+
+
+def test_entries_that_were_removed_unread_are_counted(client: redis.Redis) -> None:
+    """Somebody else trimmed the stream: the ledger has a gap, which is said, and the rest goes on."""
+    before = missing_so_far()
+    for number in (8, 9, 12):
+        numbered(client, number)
+    assert read(client, Continuity(5, 7)) == [8, 9, 12]
+    assert missing_so_far() - before == 4
+
+
+def missing_so_far() -> float:
+    return REGISTRY.get_sample_value("metering_outbox_missing_total") or 0.0
 
 
 class RefusingJournal(MemoryJournal):
@@ -64,7 +150,6 @@ class RefusingJournal(MemoryJournal):
 
 def posted(client: redis.Redis) -> list[OutboxMessage]:
     """A ledger line in the outbox, and what its reader gets."""
-    client.set(redis_keys.EPOCH, 1)
     cell = CellPosting("session/s-1@0", 0, 1, {"user/u-1": -7}, "v1")
     RedisBalances(client, 1, 1_000).post([Emission("session/s-1", [cell], None, [])])
     return [OutboxMessage(entry_id, fields) for entry_id, fields in client.xrange(redis_keys.LEDGER_STREAM)]
@@ -77,28 +162,26 @@ def causes_of(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def test_nothing_is_trimmed_when_the_rows_could_not_be_stored(redis_client: redis.Redis) -> None:
+def test_nothing_is_trimmed_when_the_rows_could_not_be_stored(client: redis.Redis) -> None:
     """The flow fails and the entry is there for the next start."""
-    messages = posted(redis_client)
-    flow = build_flow(TestingSource([messages]), RefusingJournal(), RedisOutbox(redis_client, 0, 1_000))
+    messages = posted(client)
+    flow = build_flow(TestingSource([messages]), RefusingJournal(), outbox(client, retention_s=0))
     with pytest.raises(Exception) as raised:  # Bytewax wraps it more than once.
         run_main(flow)
     causes = list(causes_of(raised.value))
     assert any(isinstance(cause, StoreRefused) for cause in causes), causes
-    assert len(left(redis_client)) == 1
+    assert len(left(client)) == 1
 
 
-def test_a_foreign_entry_is_set_aside_whole_and_the_rest_goes_on(redis_client: redis.Redis) -> None:
+def test_a_foreign_entry_is_set_aside_whole_and_the_rest_goes_on(client: redis.Redis) -> None:
     """It waits in a stream of its own, with the reason."""
-    messages = posted(redis_client)
+    messages = posted(client)
     foreign = OutboxMessage(b"1-1", {b"hello": b"world"})
     journal = MemoryJournal()
-    run_main(
-        build_flow(TestingSource([[foreign, *messages]]), journal, RedisOutbox(redis_client, HOUR_S, 1_000))
-    )
+    run_main(build_flow(TestingSource([[foreign, *messages]]), journal, outbox(client)))
     lines: list[LedgerLine] = journal.stored_lines()
     assert {line.account for line in lines} == {"user/u-1", "platform/revenue"}
-    ((_, aside),) = redis_client.xrange(redis_keys.UNREADABLE_STREAM)
+    ((_, aside),) = client.xrange(redis_keys.UNREADABLE_STREAM)
     assert aside[b"hello"] == b"world"
     assert aside[b"entry_id"] == b"1-1"
     assert b"KeyError" in aside[b"why"]

@@ -444,6 +444,7 @@ VIEWS = (
     "balances",
     "node_earnings",
     "settlement_totals",
+    "ledger_lines",
 )
 
 
@@ -709,3 +710,24 @@ def test_minutes_are_rounded_without_floats(
     journal.insert_lines([line])
     [row] = rows_of(client, "SELECT balance_us, balance_minutes FROM balances")
     assert row == {"balance_us": amount_us, "balance_minutes": rounded_minutes(amount_us)}
+
+
+def test_lines_that_a_rebuild_voided_are_in_no_view(client: Client, journal: ClickHouseJournal) -> None:
+    """What an older epoch wrote after the entry that the rebuild went on from, however late it arrives."""
+    cell = {"cell_id": f"session/s-1@{NOON_MS}", "scope": "session/s-1"}
+    journal.insert_lines(
+        [
+            archive.ledger_line("user/u-1", 1, -70, entry=5, epoch=1, **cell),
+            archive.ledger_line("user/u-1", 2, -1, before_us=-70, entry=6, epoch=1, **cell),
+            archive.ledger_line("user/u-1", 3, -1, before_us=-71, entry=7, epoch=1, **cell),
+        ]
+    )
+    client.command(f"INSERT INTO {DATABASE}.epochs VALUES (2, 5, 0)")
+    journal.insert_lines([archive.ledger_line("user/u-1", 2, -5, before_us=-70, entry=6, epoch=2, **cell)])
+    lines = rows_of(client, f"SELECT seq, change_us FROM {DATABASE}.ledger_lines ORDER BY seq")
+    assert [(line["seq"], line["change_us"]) for line in lines] == [(1, -70), (2, -5)]
+    [balance] = rows_of(client, f"SELECT balance_us, lines FROM {DATABASE}.balances")
+    assert (balance["balance_us"], balance["lines"]) == (-75, 2)
+    [bill] = rows_of(client, f"SELECT charged_us FROM {DATABASE}.session_bills")
+    assert bill["charged_us"] == 75
+    assert len(rows_of(client, f"SELECT seq FROM {DATABASE}.user_statements")) == 2

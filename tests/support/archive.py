@@ -17,7 +17,18 @@ from schemas.rows import LifecycleRow, UsageRow
 from schemas.settings import Settings
 from tests.support.services import running_service
 
-TABLES = ("usage_events", "lifecycle_events", "ledger", "settlements", "fence_moves", "dead_letters")
+TABLES = (
+    "usage_events",
+    "lifecycle_events",
+    "ledger",
+    "settlements",
+    "fence_moves",
+    "dead_letters",
+    "epochs",
+    "requests",
+    "floors",
+    "usage_positions",
+)
 NOON_MS = 1_767_268_800_000
 """2026-01-01T12:00:00Z, the start of a window."""
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,8 @@ class World:
     has_append_time: bool
     pid: int
     """Of the supervisor."""
+    directory: Path
+    """Where everything is kept."""
     messages: list[bytes] = field(default_factory=list)
     top_ups_us: dict[str, int] = field(default_factory=dict)
 
@@ -102,6 +104,19 @@ class World:
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
 
+    def stop_server(self, name: str, meanwhile: Callable[[], object]) -> None:
+        """Kill a server and do something to what it leaves before the supervisor starts it again."""
+        pid = self.pid_of(name)
+        assert pid is not None
+        # The supervisor is held still, so that it cannot be faster.
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z", f"{name} is dead", 10)
+            meanwhile()
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
+
     def query(self, sql: str) -> list[tuple[object, ...]]:
         """Rows from ClickHouse; `{database}` stands for the database."""
         client = clickhouse_client(self.settings)
@@ -127,7 +142,12 @@ def running_world(directory: Path, **settings: str) -> Iterator[World]:
         readable, _, _ = select.select([process.stdout], [], [], START_DEADLINE_S)
         line = process.stdout.readline() if readable else b""
         assert line, f"metering up did not start: {log.read_text()}"
-        yield World(json.loads(line), has_append_time=broker == "apache", pid=process.pid)
+        yield World(
+            json.loads(line),
+            has_append_time=broker == "apache",
+            pid=process.pid,
+            directory=directory / "data",
+        )
     finally:
         process.send_signal(signal.SIGTERM)
         try:

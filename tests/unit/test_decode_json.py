@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.strict_json import MAX_INTEGER_DIGITS, NotJson, parse
+from schemas.strict_json import MAX_BUILT_DEPTH, MAX_INTEGER_DIGITS, NotJson, parse
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 VALUES = st.recursive(
@@ -93,10 +93,38 @@ def test_repeated_keys() -> None:
 
 
 def test_nesting_is_limited_by_memory_alone() -> None:
-    """A depth that overflows the stack of any recursive parser is read like any other."""
-    value = parse(b"[" * 200_000 + b"]" * 200_000)
+    """A depth that overflows the stack of any recursive parser is read like any other; only what lies where nobody
+    looks is left out of the value."""
+    value = parse(b"[" * 200_000 + b"1" + b"]" * 200_000)
     depth = 0
     while value:
         assert isinstance(value, list)
         value, depth = value[0], depth + 1
-    assert depth == 199_999
+    assert depth == MAX_BUILT_DEPTH - 1
+    for closing in (
+        b"]" * 199_999,
+        b"]" * 200_001,
+        b"]" * 199_999 + b"}",
+        b"]" * 100_000 + b"1" + b"]" * 100_000,
+    ):
+        with pytest.raises(NotJson):
+            parse(b"[" * 200_000 + b"1" + closing)
+
+
+def test_what_lies_too_deep_to_be_built_is_read_all_the_same() -> None:
+    """Keys, values and brackets beyond the depth are checked, and what comes after them is built again."""
+    inside = b'{"a":[1,{"b":{},"a":"\\u0041"},[],[null,{"":-1.5e3}]],"b":2}'
+    deep = b"[" * 1_500 + b"%s" + b"]" * 1_500
+    document = b'{"deep":%s,"after":[{"x":1}]}'
+    value = parse(document % (deep % inside))
+    assert isinstance(value, dict)
+    assert value["after"] == [{"x": 1}]
+    for old, new in (
+        (b"{}", b"{,}"),
+        (b'"b":2', b'"b"2'),
+        (b"[],", b"[]"),
+        (b"null", b"nil"),
+        (b"1,", b'1,"k":'),
+    ):
+        with pytest.raises(NotJson):
+            parse(document % (deep % inside.replace(old, new, 1)))

@@ -42,7 +42,9 @@ def test_each_file_is_one_statement_that_may_run_again(one: Migration) -> None:
     code = COMMENT_OR_TEXT.sub("", one.statement)
     assert ";" not in code
     assert re.match(
-        r"\s*CREATE (TABLE IF NOT EXISTS|VIEW IF NOT EXISTS|OR REPLACE VIEW) \{database\}\.", code
+        r"\s*(CREATE (TABLE IF NOT EXISTS|VIEW IF NOT EXISTS|OR REPLACE VIEW) \{database\}\."
+        r"|ALTER TABLE \{database\}\.[a-z_]+\s+ADD COLUMN IF NOT EXISTS )",
+        code,
     )
     assert "MATERIALIZED VIEW" not in code.upper()
     assert not re.search(r"\b(?:FROM|JOIN)\s+(?!\{database\}\.|\()\w", code)

@@ -44,7 +44,7 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("METERING_BROKER_APPEND_TIME", "false")
     settings = load_settings(file)
     assert settings.kafka == "a:1,b:2,[::1]:3"
-    assert (settings.partitions, settings.epoch_interval_s, settings.idle_timeout_s) == (7, 2.0, 9)
+    assert (settings.partitions, settings.epoch_interval_s, settings.idle_timeout_s) == (7, 2, 9)
     assert settings.broker_append_time is False
     assert settings.clickhouse_password.get_secret_value() == "hush"
     assert "hush" not in repr(settings)
@@ -135,7 +135,11 @@ def test_reserved_names_are_tolerated(name: str, monkeypatch: pytest.MonkeyPatch
             "65536",
             "METERING_METRICS_PORT='65536': must be less than or equal to 65535",
         ),
-        ("METERING_EPOCH_INTERVAL_S", "0", "METERING_EPOCH_INTERVAL_S='0': must be greater than 0"),
+        (
+            "METERING_EPOCH_INTERVAL_S",
+            "0",
+            "METERING_EPOCH_INTERVAL_S='0': must be greater than or equal to 1",
+        ),
         ("METERING_EPOCH_INTERVAL_S", "nan", "METERING_EPOCH_INTERVAL_S='nan': must be"),
         ("METERING_EPOCH_INTERVAL_S", "inf", "METERING_EPOCH_INTERVAL_S='inf': must be"),
         (

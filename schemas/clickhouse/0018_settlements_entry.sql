@@ -1,0 +1,2 @@
+ALTER TABLE {database}.settlements
+    ADD COLUMN IF NOT EXISTS entry UInt64 DEFAULT 0 COMMENT 'number of the outbox entry that brought the row'

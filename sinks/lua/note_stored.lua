@@ -1,0 +1,23 @@
+-- Notes up to which entry the outbox is stored, and forgets what is stored and past the retention, or at once what
+-- is stored beyond half of the bound, so that the retention never fills the outbox by itself.
+--
+-- ARGV: epoch, number of the last stored entry, its id, retention (ms), outbox bound.
+-- Reply: number of entries that are left.
+-- An outbox that never got so far is another one: see `refusal`.
+
+local refused = refusal()
+if refused then return refused end
+
+if tonumber(call('GET', 'ledger_stored') or '0') < tonumber(ARGV[2]) then
+  call('SET', 'ledger_stored', ARGV[2])
+end
+local keep_from = ARGV[3]
+if call('XLEN', 'ledger') <= tonumber(ARGV[5]) / 2 then
+  local expired = tonumber(now_ms()) - tonumber(ARGV[4])
+  if expired < tonumber(string.match(ARGV[3], '^%d+')) then
+    keep_from = format('%.0f-0', expired)
+  end
+end
+-- MINID keeps the entry of that very id: the last one stored stays, which costs nothing.
+call('XTRIM', 'ledger', 'MINID', keep_from)
+return call('XLEN', 'ledger')
