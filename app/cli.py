@@ -315,18 +315,18 @@ def reconcile_books(
         float, typer.Option(min=0, help="seconds to wait for flows to catch up with a cut")
     ] = 30.0,
 ) -> None:
-    """Compare Kafka, usage store, ledger, Redis and the recomputed bill, on a live system; exit 1 on drift.
+    """Compare Kafka, usage store, ledger, Redis and the recomputed bill, on a live system.
 
     Prints a JSON report: what was compared, how much differs, and the first accounts, cells or messages that do.
+    Exit code 1 on drift, and when something could not be proven because a flow is behind.
     """
     from app.repair.reconcile import reconcile
     from schemas.settings import load_settings
 
     report = reconcile(load_settings(), say=_say, read_log=not skip_log, patience_s=patience)
-    sys.stdout.buffer.write(report.to_json() + b"\n")
+    sys.stdout.buffer.write(report.to_json())
     sys.stdout.buffer.flush()
-    if report.drift:
-        raise SystemExit(1)
+    raise SystemExit(report.exit_code)
 
 
 @app.command()

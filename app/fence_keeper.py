@@ -2,7 +2,8 @@
 
 The position of a partition is a time before which everything appended has surely been settled; the fence
 follows the slowest partition of all workers, which publish theirs in Redis. So while the broker or the flow is
-away the fence stands still, and nobody becomes late by that.
+away the fence stands still, and nobody becomes late by that. When the broker is back, its end of the log means
+little for a while: producers still hold what they could not send. So the fence stands still a little longer.
 
 It also looks whether the topic is still the same log: an open consumer would not notice.
 """
@@ -10,6 +11,7 @@ It also looks whether the topic is still the same log: an open consumer would no
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import redis
@@ -24,6 +26,41 @@ from telemetry import metrics
 from telemetry.quiet import KAFKA_LOGGER
 
 ROUND_TRIP_S = 5.0
+
+SHORTEST_HOLD_S = 30.0
+"""Producers try to reconnect every 10 s at most, by their clients' defaults, and then deliver."""
+LONGEST_HOLD_S = 120.0
+"""Bounds what is kept live meanwhile."""
+
+
+class Hold:
+    """After an outage of the broker, for how long the fence still stands: as long as the outage was, within bounds.
+
+    Times are seconds of any clock that does not jump.
+    """
+
+    def __init__(self) -> None:
+        self._failing_since: float | None = None
+        self._until = 0.0
+
+    def failed(self, now: float) -> None:
+        """The broker did not answer."""
+        if self._failing_since is None:
+            self._failing_since = now
+
+    def answered(self, now: float) -> None:
+        """The broker answered."""
+        if self._failing_since is not None:
+            self.was_away(now - self._failing_since, now)
+            self._failing_since = None
+
+    def was_away(self, seconds: float, now: float) -> None:
+        """The broker is back after `seconds`, as far as is known."""
+        self._until = now + min(max(seconds, SHORTEST_HOLD_S), LONGEST_HOLD_S)
+
+    def holds(self, now: float) -> bool:
+        """Whether the fence must stand."""
+        return self._failing_since is not None or now < self._until
 
 
 class FenceKeeper:
@@ -52,6 +89,7 @@ class FenceKeeper:
         self._interval_s = interval_s
         self._say = say
         self._each_turn = each_turn
+        self._hold = Hold()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fence-keeper", daemon=True)
 
@@ -67,20 +105,37 @@ class FenceKeeper:
     def _run(self) -> None:
         admin = AdminClient({"bootstrap.servers": self._bootstrap}, logger=KAFKA_LOGGER)
         consumer = Consumer(consumer_settings(self._bootstrap), logger=KAFKA_LOGGER)
+        self._look_back()
         while not self._stopped.wait(self._interval_s):
             try:
                 self._check_log(admin)
                 self._publish(consumer)
-                self._move()
+                self._hold.answered(time.monotonic())
+                if not self._hold.holds(time.monotonic()):
+                    self._move()
                 self._each_turn()
             except WrongLog as error:
                 self._say(str(error))
                 self._progress.failure = error
                 return
             except Exception as error:
+                if isinstance(error, KafkaException):
+                    self._hold.failed(time.monotonic())
                 metrics.RETRIES.labels("move the fence").inc()
                 self._say(f"the fence stands still for now: {error}")
         consumer.close()
+
+    def _look_back(self) -> None:
+        """A keeper that has just started does not know whether the broker was away with it: positions that nobody
+        published for long say that it may have been."""
+        try:
+            known = self._client.hvals(redis_keys.POSITIONS)
+        except redis.RedisError:
+            return
+        if known:
+            silent_s = time.time() - max(map(int, known)) / 1000
+            if silent_s > SHORTEST_HOLD_S + 3 * self._interval_s:
+                self._hold.was_away(silent_s, time.monotonic())
 
     def _check_log(self, admin: AdminClient) -> None:
         found = describe_log(admin, self._topic)

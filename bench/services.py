@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +51,17 @@ def broker_and_redis(directory: Path, broker_kind: str) -> Iterator[Servers]:
 
 
 @contextmanager
-def everything(directory: Path, broker_kind: str) -> Iterator[dict[str, str]]:
-    """`metering up`, and the addresses that it announces."""
+def everything(
+    directory: Path, broker_kind: str, settings: Mapping[str, str] | None = None
+) -> Iterator[dict[str, str]]:
+    """`metering up` with these settings (METERING_... -> value), and the addresses that it announces."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("METERING_")}
     with (directory / "up.log").open("wb") as log:
         up = subprocess.Popen(
             [sys.executable, "-m", "app", "up", "--dir", str(directory / "up"), "--broker", broker_kind],
             stdout=subprocess.PIPE,
             stderr=log,
-            env={name: value for name, value in os.environ.items() if not name.startswith("METERING_")},
+            env=environment | dict(settings or {}),
         )
     try:
         assert up.stdout is not None

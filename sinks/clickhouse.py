@@ -40,6 +40,9 @@ INSERT_SETTINGS: Mapping[str, object] = {
     # that inserts again what was deleted. The second name is what servers since 26.2 obey.
     "insert_deduplicate": 0,
     "deduplicate_insert": "disable",
+    # A server on its last bytes may answer that it has stored what it cannot read again; with room to spare it
+    # refuses, and the flows wait.
+    "min_free_disk_bytes_to_perform_insert": 64 << 20,
     # One batch may carry events of any number of months.
     "max_partitions_per_insert_block": 0,
 }

@@ -230,13 +230,13 @@ class MemoryArchive:
         scope is compared; what froze only lately is compared from there on."""
         changed: dict[str, int] = {}
         for row in self._store.stored_usage():
-            if row.window_start_ms < frozen_before_ms:
-                if row.appended_at_ms >= appended_since_ms:
-                    changed[row.usage.scope] = EVER_MS
-                elif row.window_start_ms >= frozen_from_ms:
-                    changed.setdefault(row.usage.scope, frozen_from_ms)
+            # Also one for a live window: it may have taken the identity of usage in a frozen one.
+            if row.appended_at_ms >= appended_since_ms:
+                changed[row.usage.scope] = EVER_MS
+            elif frozen_from_ms <= row.window_start_ms < frozen_before_ms:
+                changed.setdefault(row.usage.scope, frozen_from_ms)
         for event in self._store.stored_lifecycle():
-            if event.appended_at_ms >= appended_since_ms and event.lifecycle.time_ms < frozen_before_ms:
+            if event.appended_at_ms >= appended_since_ms:
                 changed[event.lifecycle.scope] = EVER_MS
         for line in self._journal.counted_lines():
             if line.scope and frozen_from_ms <= _window_of(line.cell_id) < frozen_before_ms:

@@ -17,6 +17,8 @@ from hashlib import md5
 from typing import Any, NamedTuple
 
 from clickhouse_connect.driver.client import Client
+from clickhouse_connect.driver.exceptions import OperationalError
+from urllib3.exceptions import HTTPError
 
 from metering.facts import ScopeFacts, UsageSum
 from metering.presence import PRESENCE_MAX_MS
@@ -26,7 +28,12 @@ from schemas.rate_card import RateCard
 from sources.archive import FINAL_SETTINGS, READ_SETTINGS, ClickHouseArchive, ScopeRange, quoted
 
 LEDGER_LINES_AT_ONCE = 100_000
+CELL_LINES_AT_ONCE = 1_000_000
 USAGE_ROWS_AT_ONCE = 100_000
+CHUNK_BYTES = 1 << 20
+
+PostedCells = Mapping[str, dict[int, dict[str, int]]]
+"""Scope -> window start (ms) -> account -> sum of the ledger's changes (us)."""
 
 CHECK_SETTINGS: Mapping[str, object] = {
     **READ_SETTINGS,
@@ -129,6 +136,22 @@ class StoredLetter(NamedTuple):
     value: int | None
 
 
+def _whole_lines(stream: Any, tabs: int) -> Iterator[bytes]:
+    """The lines of an answer. Raises OperationalError when it is cut off, or ends in an error instead of a line."""
+    rest = b""
+    try:
+        while chunk := stream.read(CHUNK_BYTES):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                if line.count(b"\t") != tabs:
+                    raise OperationalError(f"an answer broke off: {line[:200].decode(errors='replace')}")
+                yield line + b"\n"
+    except HTTPError as error:
+        raise OperationalError(f"an answer broke off: {error}") from error
+    if rest:
+        raise OperationalError(f"an answer broke off: {rest[:200].decode(errors='replace')}")
+
+
 def half_md5(text: bytes) -> int:
     """As ClickHouse's function of that name: the first 8 bytes of MD5, as a number."""
     return int.from_bytes(md5(text, usedforsecurity=False).digest()[:8], "big")
@@ -189,18 +212,22 @@ class ArchiveChecks(ClickHouseArchive):
 
     def ledger_by_account(self, last_entry: int) -> Iterator[list[AccountLines]]:
         """Every account that has lines in entries up to `last_entry`, range by range, in order."""
+        for condition in self._account_ranges(LEDGER_LINES_AT_ONCE):
+            yield [AccountLines(*row) for row in self._rows(self._account_query(condition, last_entry))]
+
+    def _account_ranges(self, lines: int) -> Iterator[str]:
+        """Conditions that together hold every account once, with about so many lines each, or one account."""
         after = ""
         while True:
             found = self._rows(
                 f"SELECT account FROM {self._database}.ledger WHERE account > {quoted(after)} ORDER BY account "
-                f"LIMIT 1 OFFSET {LEDGER_LINES_AT_ONCE}"
+                f"LIMIT 1 OFFSET {lines}"
             )
             condition = f"account > {quoted(after)}"
-            if found:
-                condition += f" AND account <= {quoted(found[0][0])}"
-            yield [AccountLines(*row) for row in self._rows(self._account_query(condition, last_entry))]
             if not found:
+                yield condition
                 return
+            yield f"{condition} AND account <= {quoted(found[0][0])}"
             after = found[0][0]
 
     def _account_query(self, condition: str, last_entry: int) -> str:
@@ -261,8 +288,24 @@ class ArchiveChecks(ClickHouseArchive):
                 return
             after = until
 
-    def scopes(self, scopes: ScopeRange) -> StoredScopes:
-        """Everything about the cells of a range of scopes, once."""
+    def cell_lines(self) -> Iterator[bytes]:
+        """Every ledger line of a cell that counts: `<scope> <window start> <account> <change>` with tabs between,
+        and a line end. In the order of accounts, which is that of the table: to have them by scope, the whole of it
+        would have to be read for every range."""
+        for condition in self._account_ranges(CELL_LINES_AT_ONCE):
+            stream = self._client.raw_stream(
+                f"""
+                SELECT scope, splitByChar('@', cell_id)[2], account, change_us
+                FROM {self._database}.ledger FINAL
+                WHERE {condition} AND scope != '' AND {self.line_counts}
+                """,
+                settings=dict(CHECK_SETTINGS),
+                fmt="TabSeparated",
+            )
+            yield from _whole_lines(stream, tabs=3)
+
+    def scopes(self, scopes: ScopeRange, posted: PostedCells) -> StoredScopes:
+        """Everything about the cells of a range of scopes, once; what the ledger says of them is given."""
         condition = scopes.condition()
         facts: dict[str, ScopeFacts] = {}
 
@@ -273,8 +316,8 @@ class ArchiveChecks(ClickHouseArchive):
             return found
 
         result = StoredScopes([], [], 0)
-        for scope, window, account, change_us in self._rows(self._ledger_query(condition, "1")):
-            of(scope).posted.setdefault(window, {})[account] = int(change_us)
+        for scope, cells in posted.items():
+            of(scope).posted.update(cells)
         for scope, rate_version, rows, cost_us, credit_us, *usage in self._rows(
             self._priced_query(condition)
         ):

@@ -8,9 +8,6 @@
 local refused = refusal()
 if refused then return refused end
 
-if tonumber(call('GET', 'ledger_stored') or '0') < tonumber(ARGV[2]) then
-  call('SET', 'ledger_stored', ARGV[2])
-end
 local keep_from = ARGV[3]
 if call('XLEN', 'ledger') <= tonumber(ARGV[5]) / 2 then
   local expired = tonumber(now_ms()) - tonumber(ARGV[4])
@@ -20,4 +17,9 @@ if call('XLEN', 'ledger') <= tonumber(ARGV[5]) / 2 then
 end
 -- MINID keeps the entry of that very id: the last one stored stays, which costs nothing.
 call('XTRIM', 'ledger', 'MINID', keep_from)
+-- After the trimming: a Redis without memory refuses a script's first write if that may take some, and trimming is
+-- what would give it back.
+if tonumber(call('GET', 'ledger_stored') or '0') < tonumber(ARGV[2]) then
+  call('SET', 'ledger_stored', ARGV[2])
+end
 return call('XLEN', 'ledger')

@@ -49,7 +49,7 @@ VALUES: dict[str, set[str]] = {
     "reason": {reason.value for reason in RejectReason},
     "answer": {answer.name for answer in Answer},
     "outcome": {outcome.name for outcome in CommandOutcome},
-    "result": {"complete", "superseded", "failed", "agree", "drift"},
+    "result": {"complete", "superseded", "failed", "agrees", "drift", "unproven"},
 }
 PANEL_QUERIES = list(panel_queries(PROMETHEUS_UID))
 RULES = alert_rules()
