@@ -31,7 +31,9 @@ def accept_batch(
             if event.time_ms < first_rates_ms and isinstance(event, Usage):
                 raise Rejected(RejectReason.NO_RATE, "usage before the first version of the rate card")
         except Rejected as rejected:
-            refused.append((message, rejected))
+            # Not the one that was raised: its traceback holds this frame and so the whole batch, in a cycle that
+            # lives until the collector happens to come by.
+            refused.append((message, Rejected(rejected.reason, rejected.detail)))
         else:
             accepted.append(Located(event, message))
     return accepted, refused

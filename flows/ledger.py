@@ -5,7 +5,8 @@
 It needs no Kafka and no recovery store. Order of effects: read from the head, insert, then note how far the
 ledger is and trim what is stored and older than the retention. A crash before the insert reads the entries
 again. A crash between insert and note inserts them again; the tables replace by identity. An entry is never
-trimmed, nor counted as stored, before its rows are stored.
+trimmed, nor counted as stored, before its rows are stored. A crash between two tables leaves entries of which
+some rows are stored: how far the journal is whole goes into it last.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from metering.outbox import OutboxEntry, parse_entry
 from metering.ports import Outbox
 from schemas.messages import OutboxMessage
 from schemas.ports import Journal
+from schemas.records import OutboxPosition
 from telemetry import faults, metrics
 
 FLOW = "ledger"
@@ -63,6 +65,11 @@ class _JournalPartition(StatelessSinkPartition[list[OutboxMessage]]):
             self._journal.insert_requests(requests)
         if floors:
             self._journal.insert_floors(floors)
+        if entries:
+            last_entry = entries[-1]
+            self._journal.insert_position(
+                OutboxPosition(epoch=last_entry.epoch, entry=last_entry.number, at_ms=last_entry.at_ms)
+            )
         faults.reach(faults.AFTER_CLICKHOUSE_INSERT)
         metrics.LEDGER_LINES.inc(len(lines))
         if readable:

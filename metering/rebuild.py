@@ -59,6 +59,9 @@ class LedgerArchive(Protocol):
     def last_window_ms(self) -> int | None:
         """The start of the last window with stored usage or ledger lines."""
 
+    def last_fence_ms(self) -> int:
+        """The highest fence that anybody was ever told of; 0 when there was none."""
+
     def stored_offsets(self) -> Mapping[int, int]:
         """As in `metering.ports.Archive`."""
 
@@ -167,10 +170,9 @@ def rebuild(
         forgotten += len(unknown)
     yield Step.BALANCES_WRITTEN
     book = open_book(epoch, after_entry)
-    frozen_before_ms = 0
-    known = [window for window in windows if window is not None]
-    if known:
-        frozen_before_ms = book.raise_fence(max(known) + WINDOW_MS)
+    # The flows remember the fence that they knew: it must not fall.
+    fences = [archive.last_fence_ms(), *(window + WINDOW_MS for window in windows if window is not None)]
+    frozen_before_ms = book.raise_fence(max(fences))
     for command in commands():
         book.apply_command(command)
         read += 1

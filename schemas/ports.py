@@ -15,6 +15,7 @@ from schemas.records import (
     FenceMove,
     FloorRecord,
     LedgerLine,
+    OutboxPosition,
     RequestRecord,
     SettlementRecord,
 )
@@ -68,3 +69,6 @@ class Journal(Protocol):
 
     def insert_floors(self, floors: Sequence[FloorRecord]) -> None:
         """Store floors; of an account's the last entry counts."""
+
+    def insert_position(self, position: OutboxPosition) -> None:
+        """Say how far the journal is; only after every row of the entries before was stored."""

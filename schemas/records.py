@@ -112,6 +112,14 @@ class FloorRecord(_Record):
     set_at_ms: int
 
 
+class OutboxPosition(_Record):
+    """Every entry up to this one is stored whole."""
+
+    epoch: int = Field(ge=1)
+    entry: int = Field(ge=0)
+    at_ms: int
+
+
 class DeadLetter(_Record):
     """A message that was refused, with its original bytes. Identity: topic, log, partition, offset."""
 

@@ -14,6 +14,7 @@ from schemas.records import (
     FenceMove,
     FloorRecord,
     LedgerLine,
+    OutboxPosition,
     RequestRecord,
     SettlementRecord,
 )
@@ -105,6 +106,7 @@ class MemoryJournal:
         self._requests: dict[str, RequestRecord] = {}
         self._floors: dict[str, FloorRecord] = {}
         self._epochs: set[tuple[int, int]] = set()
+        self._positions: set[tuple[int, int]] = set()
         self._entries: dict[tuple[int, int], int] = {}
 
     def insert_lines(self, lines: Sequence[LedgerLine]) -> None:
@@ -144,6 +146,15 @@ class MemoryJournal:
             if (floor.epoch, floor.entry) >= (known.epoch, known.entry):
                 self._floors[floor.account] = floor
             self._entries[floor.epoch, floor.entry] = floor.set_at_ms
+
+    def insert_position(self, position: OutboxPosition) -> None:
+        """Note that every entry up to this one is stored whole."""
+        self._positions.add((position.epoch, position.entry))
+
+    def complete_entry(self) -> int:
+        """The last entry up to which everything is stored whole; 0 without any."""
+        stored = (entry for epoch, entry in self._positions if self.counts(epoch, entry))
+        return max(max(stored, default=0), max((after for _, after in self._epochs), default=0))
 
     def record_epoch(self, epoch: int, after_entry: int) -> None:
         """Void what older epochs wrote after this entry."""
@@ -287,11 +298,7 @@ class MemoryArchive:
         return max(self._journal.entries().items(), default=(0, 0))
 
     def last_complete_entry(self) -> int:
-        totals: defaultdict[int, int] = defaultdict(int)
-        for line in self._journal.counted_lines():
-            totals[line.entry] += line.change_us
-        first_broken = min((entry for entry, total in totals.items() if total), default=0)
-        return first_broken - 1 if first_broken else self.last_entry()[0]
+        return self._journal.complete_entry()
 
     def record_epoch(self, epoch: int, after_entry: int) -> None:
         self._journal.record_epoch(epoch, after_entry)
@@ -316,6 +323,9 @@ class MemoryArchive:
         known = {line.account for line in self._journal.counted_lines()}
         known |= {floor.account for floor in self._journal.counted_floors()}
         return sorted(set(accounts) - known)
+
+    def last_fence_ms(self) -> int:
+        return max((move.frozen_before_ms for move in self._journal.stored_fence_moves()), default=0)
 
     def last_window_ms(self) -> int | None:
         windows = [row.window_start_ms for row in self._store.stored_usage()]

@@ -133,35 +133,38 @@ class ClickHouseArchive:
         if appended_since_ms <= 0:
             yield from self.facts_since(EVER_MS, frozen_before_ms)
             return
-        changed = self._changed_scopes(appended_since_ms, frozen_from_ms, frozen_before_ms)
-        for first in range(0, len(changed), SCOPES_AT_ONCE):
-            part = dict(changed[first : first + SCOPES_AT_ONCE])
-            condition = f"scope IN ({', '.join(map(quoted, part))})"
-            yield self.read(condition, part, min(part.values()), frozen_before_ms)
+        query = self._changed_scopes(appended_since_ms, frozen_from_ms, frozen_before_ms)
+        changed = [(scope, int(from_ms)) for scope, from_ms in self._rows(query)]
+        if not changed:
+            return
+        within = f"{_within(EVER_MS, frozen_before_ms)} AND scope IN (SELECT scope FROM ({query}))"
+        with self._ledger_sums(within) as sums:
+            for first in range(0, len(changed), SCOPES_AT_ONCE):
+                part = dict(changed[first : first + SCOPES_AT_ONCE])
+                since_ms = min(part.values())
+                condition = f"scope IN ({', '.join(map(quoted, part))})"
+                # What came since the list was made is for the next run.
+                posted = [row for row in _take_until(sums, max(part)) if row[1] >= part.get(row[0], since_ms)]
+                yield self.read(condition, part, since_ms, frozen_before_ms, posted)
 
-    def _changed_scopes(
-        self, appended_since_ms: int, frozen_from_ms: int, frozen_before_ms: int
-    ) -> list[tuple[str, int]]:
-        """(scope, first window to compare). A late event may take one of another window back, so that all of its
-        scope is compared; what froze only lately is compared from there on."""
+    def _changed_scopes(self, appended_since_ms: int, frozen_from_ms: int, frozen_before_ms: int) -> str:
+        """Query for (scope, first window to compare), in the order of scopes.
+
+        An event may take one of another window back, also from a live window one of a frozen one: all frozen cells
+        of its scope are compared. What froze only lately is compared from there on.
+        """
         database = self._database
         just_frozen = f"window_start_ms >= {frozen_from_ms} AND window_start_ms < {frozen_before_ms}"
-        rows = self._rows(
-            f"""
+        return f"""
             SELECT scope, min(from_ms) FROM (
                 SELECT scope, if(appended_at_ms >= {appended_since_ms}, {EVER_MS}, {frozen_from_ms}) AS from_ms
-                FROM {database}.usage_events
-                WHERE window_start_ms < {frozen_before_ms}
-                    AND (appended_at_ms >= {appended_since_ms} OR window_start_ms >= {frozen_from_ms})
+                FROM {database}.usage_events WHERE appended_at_ms >= {appended_since_ms} OR ({just_frozen})
                 UNION ALL
-                SELECT scope, {EVER_MS} FROM {database}.lifecycle_events
-                WHERE appended_at_ms >= {appended_since_ms} AND time_ms < {frozen_before_ms}
+                SELECT scope, {EVER_MS} FROM {database}.lifecycle_events WHERE appended_at_ms >= {appended_since_ms}
                 UNION ALL
                 SELECT scope, {frozen_from_ms} FROM {database}.ledger WHERE scope != '' AND {just_frozen}
-            ) GROUP BY scope ORDER BY 2, 1
-            """
-        )
-        return [(scope, int(from_ms)) for scope, from_ms in rows]
+            ) GROUP BY scope ORDER BY scope
+        """
 
     def scope_ranges(self) -> Iterator[ScopeRange]:
         """Ranges that together hold every scope, with a bounded amount of usage each."""
@@ -308,20 +311,13 @@ class ClickHouseArchive:
         return int(number), int(at_ms)
 
     def last_complete_entry(self) -> int:
-        number, _ = self.last_entry()
-        # An insert that was cut off leaves lines that do not sum to zero, in the last entries only.
-        broken = self._rows(
-            f"""
-            SELECT min(entry) FROM (
-                SELECT entry, sum(change_us) AS total FROM (
-                    SELECT entry, account, seq, any(change_us) AS change_us FROM {self._database}.ledger
-                    WHERE entry > 0 AND {self.line_counts} GROUP BY entry, account, seq
-                ) GROUP BY entry HAVING total != 0
-            )
-            """
+        database = self._database
+        # What an earlier rebuild went on from was complete; a void position may have replaced the one that said so.
+        [[number]] = self._rows(
+            f"SELECT greatest((SELECT max(entry) FROM {database}.outbox_positions WHERE {self.line_counts}), "
+            f"(SELECT max(after_entry) FROM {database}.epochs))"
         )
-        first_broken = int(broken[0][0])
-        return first_broken - 1 if first_broken else number
+        return int(number)
 
     def record_epoch(self, epoch: int, after_entry: int) -> None:
         self._client.command(
@@ -412,6 +408,11 @@ class ClickHouseArchive:
             """
         )
         return int(rows[0][0]) if rows else None
+
+    def last_fence_ms(self) -> int:
+        # Void moves too: whoever made them may remember.
+        [[fence_ms]] = self._rows(f"SELECT max(frozen_before_ms) FROM {self._database}.fence_moves")
+        return int(fence_ms)
 
     def newest_generation(self, revision_bits: int) -> int:
         """Of the logs that revisions were counted in; see `app.books`."""

@@ -44,6 +44,10 @@ stream's latency stays low, and idle partitions cost next to nothing."""
 BATCH_MESSAGES = 20_000
 """The most that is handed on at once. Working off a backlog, the larger a batch, the fewer cells are posted half
 full and posted again; a steady stream never fills one."""
+LONG_POLL_MS = 500
+"""How long Kafka holds a fetch back while there is nothing; it answers at once when something comes."""
+SHORT_POLL_MS = 20
+"""For the embedded broker, which looks only at the end of this time: half of it is added to the latency."""
 ROUND_TRIP_S = 10.0
 COMMITTED_AFTER_SNAPSHOTS = 2
 """A snapshot is surely committed when the second one after it is taken: Bytewax reads the input of an epoch
@@ -124,8 +128,7 @@ def consumer_settings(bootstrap: str) -> dict[str, object]:
         "auto.offset.reset": "error",
         "enable.partition.eof": True,
         "reconnect.backoff.ms": 200,
-        # A broker that polls for a long-poll's sake answers late: half this time is added to the latency.
-        "fetch.wait.max.ms": 20,
+        "fetch.wait.max.ms": LONG_POLL_MS,
         "fetch.error.backoff.ms": 100,
         "queued.max.messages.kbytes": 32_768,
         "reconnect.backoff.max.ms": 2_000,
@@ -343,7 +346,8 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
             start.offset = position.next_offset
         # The client tries for ever by itself; it only has to be said, and not ten times a second.
         reported = {"error_cb": lambda error: self._on_retry(KafkaException(error))}
-        consumer = Consumer(consumer_settings(self._bootstrap) | reported, logger=KAFKA_LOGGER)
+        polling = {} if self._broker_append_time else {"fetch.wait.max.ms": SHORT_POLL_MS}
+        consumer = Consumer(consumer_settings(self._bootstrap) | polling | reported, logger=KAFKA_LOGGER)
         return KafkaPartition(
             consumer,
             start,

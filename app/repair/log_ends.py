@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from sources.kafka import ROUND_TRIP_S, consumer_settings, describe_log
+from sources.kafka import ROUND_TRIP_S, SHORT_POLL_MS, consumer_settings, describe_log
 from telemetry.quiet import KAFKA_LOGGER
 
 DEADLINE_S = 30.0
@@ -32,7 +32,9 @@ class TopicEnds:
         """Partition -> (offset of the first message, offset of the next message to come)."""
         admin = AdminClient({"bootstrap.servers": self._bootstrap}, logger=KAFKA_LOGGER)
         partitions = describe_log(admin, self._topic).partition_count
-        consumer = Consumer(consumer_settings(self._bootstrap), logger=KAFKA_LOGGER)
+        # The end is known when a fetch comes back empty.
+        soon = {"fetch.wait.max.ms": SHORT_POLL_MS}
+        consumer = Consumer(consumer_settings(self._bootstrap) | soon, logger=KAFKA_LOGGER)
         try:
             firsts: dict[int, int] = {}
             starts = []

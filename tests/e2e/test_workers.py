@@ -52,7 +52,7 @@ def test_several_workers_in_several_processes_settle_the_same(tmp_path: Path) ->
     assert made.returncode == 0, made.stderr.decode()
     with running_services(tmp_path / "servers", chosen_broker()) as servers, ExitStack() as flows:
         addresses = {"kafka": servers.kafka, "redis": servers.redis, "clickhouse": servers.clickhouse}
-        world = World(addresses, servers.broker_append_time, os.getpid())
+        world = World(addresses, servers.broker_append_time, os.getpid(), tmp_path)
         prepare(world.settings)
         for name in ("settlement", "usage_store"):
             (tmp_path / name).mkdir()

@@ -28,6 +28,7 @@ TABLES = (
     "requests",
     "floors",
     "usage_positions",
+    "outbox_positions",
 )
 NOON_MS = 1_767_268_800_000
 """2026-01-01T12:00:00Z, the start of a window."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+
 from flows.intake import accept_batch
 from schemas.messages import RawMessage
 from schemas.rate_card import RateCard, RateVersion
 from schemas.rejections import RejectReason
 from tests.support.events import START_MS
+from tests.support.junk import GOOD, worst_junk
 
 APPENDED_MS = START_MS + 10_000
 
@@ -63,3 +66,22 @@ def test_what_is_refused_does_not_stop_what_follows() -> None:
         message(2, "2026-01-01T00:00:01Z"),
     )
     assert found == [None, RejectReason.NOT_JSON, None]
+
+
+def test_what_was_refused_does_not_keep_its_batch_alive() -> None:
+    """No reference cycle: one broken message in each batch must not leave all batches to the collector."""
+    values = (GOOD, *worst_junk(2_048).values())
+    batch = [
+        RawMessage("lingua.events", 0, offset, None, value, APPENDED_MS)
+        for offset, value in enumerate(values)
+    ]
+    card = RateCard([RateVersion(0)])
+    gc.collect()
+    gc.disable()
+    try:
+        accepted, refused = accept_batch(batch, card)
+        assert (len(accepted), len(refused)) == (1, len(values) - 1)
+        del accepted, refused
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

@@ -1,0 +1,167 @@
+"""The other processes: the ledger flow, the usage store flow, resettles, rebuilds."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from flows.usage_store import rows
+from metering.outbox import Continuity, OutboxEntry
+from metering.ports import WrongRedis
+from metering.rebuild import Rebuilt, rebuild
+from metering.resettle import Resettled
+from metering.resettle import Step as ResettleStep
+from schemas.messages import OutboxMessage
+from simulation.world import (
+    LogEnds,
+    WiredBook,
+    WiredEmptyBook,
+    WiredJournal,
+    WiredOutbox,
+    WiredStore,
+    World,
+)
+
+
+class Ledger:
+    """The ledger flow: the outbox from its head, as `sources.outbox` reads it, into the flow's own writer."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        redis = world.redis
+        if redis.epoch is None or redis.epoch < world.remembered_epoch:
+            raise WrongRedis(f"epoch {redis.epoch}, remembered {world.remembered_epoch}")
+        number, at_ms = world.archive.last_entry()
+        self._book = WiredBook(world, redis.epoch, 0, "ledger")
+        self._book.note_stored(number)  # check_reached
+        self._continuity = Continuity(number, at_ms)
+        self._writer = world.parts.journal_sink(WiredJournal(world), WiredOutbox(self._book)).build("", 0, 1)
+        # The twin keeps entries as they were parsed when they were written.
+        self._writer._read = self._entry  # type: ignore[method-assign]
+        self._read: dict[bytes, OutboxEntry] = {}
+        self._last_at_ms = 0
+        world.say(f"ledger starts, {number} is stored")
+
+    def step(self, most: int) -> bool:
+        """One batch; False when there is none."""
+        world = self._world
+        # An entry's id in the stream is its time: no two calls happen in one millisecond here.
+        batch = [entry for entry in world.redis.outbox if entry.at_ms > self._last_at_ms][:most]
+        if not batch:
+            return False
+        for entry in batch:
+            problem = self._continuity.check(entry.number, entry.at_ms)
+            if problem is not None:
+                self._condemn(problem)
+        self._last_at_ms = batch[-1].at_ms
+        self._read = {b"%d" % entry.number: entry for entry in batch}
+        self._writer.write_batch([[OutboxMessage(entry_id, {}) for entry_id in self._read]])
+        return True
+
+    def _entry(self, message: OutboxMessage) -> OutboxEntry:
+        return self._read[message.entry_id]
+
+    def _condemn(self, why: str) -> None:
+        if self._world.redis.epoch == self._book.book.expected_epoch:
+            self._world.redis.epoch = None
+        raise WrongRedis(why)
+
+
+class UsageFlow:
+    """The usage store flow; its recovery store knows its place in each partition."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._positions = {
+            partition: world.usage_position.get(partition, head)
+            for partition, head in enumerate(world.log.heads)
+        }
+        self._writer = world.parts.store_sink(WiredStore(world)).build("", 0, 1)
+
+    def step(self, most: int) -> bool:
+        """A batch of some partition; False when there is none."""
+        world = self._world
+        behind = [
+            partition
+            for partition, position in self._positions.items()
+            if position < len(world.log.partitions[partition])
+        ]
+        if not behind:
+            return False
+        partition = world.chance.choice(behind)
+        position = self._positions[partition]
+        batch = world.log.partitions[partition][position : position + most]
+        self._writer.write_batch(list(rows([batch], world.card)))
+        self._positions[partition] = batch[-1].offset + 1
+        if world.chance.random() < 0.5:
+            self.commit()
+        return True
+
+    def commit(self) -> None:
+        """End the epoch."""
+        self._world.reach("usage: before commit")
+        self._world.usage_position = dict(self._positions)
+
+
+class Run:
+    """A resettle under way, as a process of its own."""
+
+    def __init__(self, world: World, since_ms: int | None, name: str) -> None:
+        self._world = world
+        redis = world.redis
+        if redis.epoch is None:
+            raise WrongRedis("no epoch")
+        known_epoch, seen_entry = world.remembered_entry
+        self.book = WiredBook(world, redis.epoch, seen_entry if known_epoch == redis.epoch else 0, name)
+        self.abandoned = False
+        self.name = name
+        self._steps: Generator[ResettleStep, None, Resettled] = world.parts.resettle(
+            self.book,
+            world.archive,
+            LogEnds(world),
+            world.card,
+            presence_max_ms=world.presence_max_ms,
+            since_ms=since_ms,
+        )
+
+    def step(self) -> Resettled | None:
+        """On to the next boundary; the result at the end."""
+        try:
+            step = next(self._steps)
+        except StopIteration as stop:
+            found: Resettled = stop.value
+            self._world.say(f"{self.name}: {found}")
+            return found
+        self._world.say(f"{self.name}: {step}")
+        self._world.reach(f"resettle: {step}")
+        return None
+
+
+class Rebuilding:
+    """A rebuild under way."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        chance = world.chance
+        self._steps: Generator[object, None, Rebuilt] = rebuild(
+            WiredEmptyBook(world),  # type: ignore[arg-type]
+            world.archive,
+            LogEnds(world),
+            lambda epoch, seen_entry: WiredBook(world, epoch, seen_entry, "rebuild"),
+            world.valid_commands,
+            remembered_epoch=world.remembered_epoch,
+            now_ms=lambda: world.now_ms,
+            tired_of_waiting=lambda: chance.random() < 0.1,
+        )
+
+    def step(self) -> Rebuilt | None:
+        """On to the next boundary; the result at the end."""
+        try:
+            step = next(self._steps)
+        except StopIteration as stop:
+            found: Rebuilt = stop.value
+            self._world.say(f"rebuild: {found}")
+            self._world.must_notice = False
+            return found
+        self._world.say(f"rebuild: {step}")
+        self._world.reach(f"rebuild: {step}")
+        return None

@@ -1,0 +1,31 @@
+"""The code that a simulation runs. A planted bug is a `Parts` with one of them replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+from flows.ledger import JournalSink
+from flows.settlement import SettleScope
+from flows.usage_store import StoreSink
+from metering.live import LiveScope
+from metering.resettle import Resettled, Step, resettle
+from sinks.balances_memory import MemoryBalances
+from sinks.memory import MemoryArchive
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Classes and functions of the project, by the role that they have in the simulation."""
+
+    live_scope: type[LiveScope] = LiveScope
+    settle_scope: type[SettleScope] = SettleScope
+    book: type[MemoryBalances] = MemoryBalances
+    journal_sink: type[JournalSink] = JournalSink
+    store_sink: type[StoreSink] = StoreSink
+    archive: type[MemoryArchive] = MemoryArchive
+    resettle: Callable[..., Generator[Step, None, Resettled]] = resettle
+    commit_before_post: bool = False
+    """Whether an epoch's snapshots are committed before its postings are made: Bytewax does it after."""
+    commands_reread: int = 2
+    """From how many commits before the last one the topic of commands is read again: `reread` of its source."""
