@@ -24,8 +24,13 @@ up: $(STAMP)     ## run broker, Redis, ClickHouse and the flows in DIR (default 
 test: $(STAMP)   ## the whole test suite, on embedded services
 	$(BIN)/pytest
 
-test-kafka: $(STAMP) ## the integration and end-to-end tests on Apache Kafka (needs Java, fetches Kafka)
-	METERING_TEST_BROKER=apache $(BIN)/pytest tests/integration tests/e2e tests/apache
+# Those in which the broker plays a part.
+KAFKA_TESTS := tests/apache $(addprefix tests/e2e/test_,main_job.py kill.py repair.py restart.py workers.py) \
+	$(addprefix tests/integration/test_,cli.py emit.py kafka_source.py migrate.py rescaling.py run_flow.py \
+	settlement_service.py supervisor.py)
+
+test-kafka: $(STAMP) ## the tests in which the broker plays a part, on Apache Kafka (needs Java, fetches Kafka)
+	METERING_TEST_BROKER=apache $(BIN)/pytest $(KAFKA_TESTS)
 
 check: $(STAMP)  ## formatting, lint, types, the direction of imports, and whether the exported schemas are current
 	$(BIN)/ruff format --check .

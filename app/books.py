@@ -32,21 +32,27 @@ class BooksDiffer(CommandError):
     """The servers are not those that the books were kept on. One line."""
 
 
-def expected_epoch(settings: Settings, client: redis.Redis) -> int:
-    """The epoch to run scripts with: what this state directory remembers, else what Redis says (then kept).
+def current_epoch(settings: Settings, client: redis.Redis) -> int:
+    """The epoch that Redis is at. Raises BooksDiffer when it has none."""
+    stored = client.get(redis_keys.EPOCH)
+    if stored is not None:
+        return int(stored)
+    if client.exists(redis_keys.REBUILDING):
+        raise BooksDiffer("Redis is being rebuilt: `metering rebuild-balances` has not come to its end")
+    raise BooksDiffer(
+        "Redis has no epoch: a new one needs `metering migrate`, an emptied one `metering rebuild-balances`"
+        f" (METERING_REDIS={settings.redis})"
+    )
 
-    Raises BooksDiffer when Redis has none, or another.
+
+def expected_epoch(settings: Settings, client: redis.Redis) -> int:
+    """The epoch for a flow to run scripts with: what its state directory remembers, else what Redis says (then
+    kept). Tools, which have no state, take the current one.
+
+    Raises BooksDiffer when Redis has none, or an older one.
     """
     file = settings.state_dir / EPOCH_FILE
-    stored = client.get(redis_keys.EPOCH)
-    if stored is None and client.exists(redis_keys.REBUILDING):
-        raise BooksDiffer("Redis is being rebuilt: `metering rebuild-balances` has not come to its end")
-    if stored is None:
-        raise BooksDiffer(
-            f"Redis has no epoch: a new one needs `metering migrate`, an emptied one `metering rebuild-balances`"
-            f" (METERING_REDIS={settings.redis})"
-        )
-    epoch = int(stored)
+    epoch = current_epoch(settings, client)
     if file.exists():
         remembered = int(file.read_text(encoding="ascii"))
         if epoch < remembered:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import redis
 
-from app.books import expected_epoch
+from app.books import current_epoch
 from app.clients import redis_client
 from app.errors import CommandError
 from metering.ports import WrongRedis
@@ -16,7 +16,7 @@ def set_floor(settings: Settings, account: str, floor_us: int) -> None:
     """Give an account a floor of its own, in Redis and, through the outbox, in the archive. Raises CommandError."""
     try:
         client = redis_client(settings)
-        book = RedisBalances(client, expected_epoch(settings, client), settings.outbox_max_entries)
+        book = RedisBalances(client, current_epoch(settings, client), settings.outbox_max_entries)
         book.set_floor(account, floor_us)
     except WrongRedis as problem:
         raise CommandError(str(problem)) from problem

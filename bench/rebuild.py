@@ -1,4 +1,4 @@
-"""`python -m bench.rebuild`: an empty Redis rebuilt from a ledger of many accounts; then once more, when it is whole.
+"""`python -m bench.rebuild`: an empty Redis rebuilt from a ledger of many accounts; then again, when it is whole.
 
 The ledger is made inside ClickHouse: for each account a top-up with its request and `--lines` charges, all of them
 against the platform's accounts. Prints times, memory, and whether every account came back.

@@ -194,10 +194,16 @@ def check_live(world: World, posted: Cells, pure: Cells, coverage: Counter[str])
 def check_frozen_since(
     world: World, before: Cells, quiet: Iterable[str], posted: Cells, coverage: Counter[str]
 ) -> None:
-    """What was live at the last rest, and froze with nothing new to its scope, has not moved since."""
+    """What was live at the last rest, and froze with nothing new to its scope, has not moved since, but by a
+    resettle, of what no live rule can know."""
     scopes = set(quiet)
+    resettled = {line.cell_id for line in world.journal.counted_lines() if line.reason == "resettle"}
     for cell, vector in before.items():
-        if cell.rpartition("@")[0] in scopes and window_of(cell) < world.redis.fence_ms:
+        if (
+            cell not in resettled
+            and cell.rpartition("@")[0] in scopes
+            and window_of(cell) < world.redis.fence_ms
+        ):
             if posted.get(cell, {}) != vector:
                 raise Violation(f"{cell} moved from {vector} to {posted.get(cell)} with no event to it")
             coverage["frozen cells unmoved"] += 1

@@ -192,19 +192,28 @@ class Simulation:
         self._settlement = settlement
 
     def _repair(self) -> None:
-        world, chance = self.world, self.world.chance
         if self._is_refused():
-            rebuild, self._rebuild = self._rebuild, None
-            if rebuild is None:
-                rebuild = Rebuilding(world)
-                self._settlement = self._ledger = None
-            if rebuild.step() is None:
-                self._rebuild = rebuild
-            else:
-                self._lost_since = True
-            return
+            self._go_on_rebuilding()
+        else:
+            self._go_on_resettling()
+
+    def _go_on_rebuilding(self) -> bool:
+        """The next step of the rebuild; flows do not start meanwhile. True when it is done."""
+        rebuild, self._rebuild = self._rebuild, None
+        if rebuild is None:
+            rebuild = Rebuilding(self.world)
+            self._settlement = self._ledger = None
+        if rebuild.step() is None:
+            self._rebuild = rebuild
+            return False
+        self._lost_since = True
+        return True
+
+    def _go_on_resettling(self) -> None:
+        """Some steps of a resettle, new or old, which may be one that is void by now."""
+        world, chance, troubles = self.world, self.world.chance, self.world.troubles
         active = [run for run in self._runs if not run.abandoned]
-        if len(self._runs) < MOST_RUNS and (not active or world.maybe(world.troubles.race)):
+        if len(self._runs) < MOST_RUNS and (not active or world.maybe(troubles.race)):
             since_ms = None
             if chance.random() < 0.15:
                 since_ms = window_start_ms(world.now_ms - chance.randrange(24 * HOUR_MS))
@@ -213,9 +222,14 @@ class Simulation:
         else:
             run = chance.choice(self._runs)
         for _ in range(chance.choice([1, 2, 6])):
+            if chance.random() < 0.5:
+                if not world.maybe(troubles.usage_away):
+                    self._alive(self._keep_usage)
+                if not world.maybe(troubles.ledger_away):
+                    self._alive(self._keep_ledger)
             if self._step_run(run) is not None:
                 return
-        if world.maybe(world.troubles.abandon):
+        if world.maybe(troubles.abandon):
             run.abandoned = True
 
     def _step_run(self, run: Run) -> Resettled | None:
@@ -408,13 +422,8 @@ class Simulation:
             busy = False
             try:
                 if self._is_refused():
-                    rebuild, self._rebuild = self._rebuild or Rebuilding(world), None
-                    self._settlement = self._ledger = None
                     busy = True
-                    if rebuild.step() is None:
-                        self._rebuild = rebuild
-                    else:
-                        self._lost_since = True
+                    self._go_on_rebuilding()
                 usage, self._usage = self._usage or UsageFlow(world), None
                 while usage.step(100):
                     busy = True

@@ -96,8 +96,8 @@ class Troubles:
             wild_fence=share(0.3, 0.2, 0.6),
             race=share(0.5, 0.3),
             abandon=share(0.4, 0.2),
-            ledger_away=share(0.5, 0.5, 0.95),
-            usage_away=share(0.5, 0.5, 0.95),
+            ledger_away=share(0.4, 0.5, 0.9),
+            usage_away=share(0.4, 0.5, 0.9),
         )
 
 

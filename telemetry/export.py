@@ -24,7 +24,7 @@ LABELS = {
     "answer": "what the script said to a cell: `POSTED`, `OLDER`, `FROZEN` or `OVER_LIMIT`",
     "outcome": "what became of a money command: `APPLIED`, `REPLAYED`, `CONFLICT` or `OVER_LIMIT`",
     "comparison": "which two stores were compared, as in the report of `metering reconcile`",
-    "result": "of a resettle `complete`, `superseded`, `failed`; of a reconciliation `agrees`, `drift`, `unproven`, `failed`",
+    "result": "of a resettle `complete`, `superseded`, `failed`; of a reconciliation its status, or `failed`",
     "table": "the table in ClickHouse",
     "effect": "what was tried, in words",
     "topic": "Kafka topic",

@@ -11,7 +11,7 @@ from clickhouse_connect.driver.exceptions import ClickHouseError
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
-from app.books import expected_epoch, register_rates, seen_entry
+from app.books import current_epoch, register_rates
 from app.clients import clickhouse_client, redis_client
 from app.errors import CommandError
 from app.repair.log_ends import TopicEnds
@@ -44,13 +44,11 @@ def run_resettle(settings: Settings, *, since_ms: int | None = None, patience_s:
     not catch up within `patience_s`."""
     try:
         client = redis_client(settings)
-        epoch = expected_epoch(settings, client)
+        epoch = current_epoch(settings, client)
         card = load_rate_card(settings.rate_card)
         # Another card than the flows' would correct what is right.
         register_rates(client, card)
-        book = RedisBalances(
-            client, epoch, settings.outbox_max_entries, seen_entry=seen_entry(settings, client, epoch)
-        )
+        book = RedisBalances(client, epoch, settings.outbox_max_entries)
         archive = open_archive(settings, clickhouse_client(settings), card)
         steps = resettle(
             book,

@@ -98,7 +98,7 @@ def test_an_outage_longer_than_the_fences_distance_makes_nobody_late(tmp_path: P
         # A minute that begins now is frozen at the earliest 65 s from now, unless it is counted from the clock.
         now = now_ms()
         send(world, tmp_path, usage(1, now))
-        wait_until(lambda: 0 < fence_ms(world), "the fence stands", 30)
+        wait_until(lambda: fence_ms(world) > 0, "the fence stands", 30)
         pid = world.pid_of("settlement")
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
