@@ -269,6 +269,7 @@ BUGS: dict[str, Parts] = {
     "first-read-instead-of-smallest-position": Parts(live_scope=_FirstReadCounts),
     "late-join-leaves-cells-clean": Parts(live_scope=_EmitsOnlyNewUsage),
     "commit-before-post": Parts(commit_before_post=True, commands_reread=0),
+    "torn-batch-counts-as-stored": Parts(ledger_notes_what_it_finds=True),
     "trim-before-insert": Parts(journal_sink=_TrimsBeforeItInserts),
     "position-before-rows": Parts(store_sink=_NotesItsPositionFirst),
     "resettle-without-waiting-for-drain": Parts(resettle=_resettle_without_waiting_for_the_ledger),

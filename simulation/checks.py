@@ -1,14 +1,18 @@
 """What has to be true of the books at rest. Each check raises Violation with what it found.
 
-Live settlement is compared before a resettle. Left out of that comparison is only what no live rule can know:
+Live settlement is compared before a resettle. Left out of that comparison is what no live rule can know:
 
 - An identity with several bodies of which one lies in a frozen window: its id was forgotten, so the other one may
   count live until a resettle. Left out are the cells of its occurrences; for membership, the room.
-- A scope of which something was lost with the head of a log, or with a whole log, together with the recovery store:
-  what is live of it is settled without that membership, and counted in lower revisions, until a resettle.
-- A scope on several partitions that was forgotten while its log was read again: its revisions begin anew, below
-  those that were posted before, until a resettle.
+- A scope of which something was lost with the head of a log, or with a whole log, together with the recovery store.
 - Windows below a fence that Redis lost before the ledger had it: the flow remembers it, and settles nothing there.
+
+And what live settlement is known to leave to a resettle:
+
+- A scope on several partitions that was forgotten while its log was read again: its revisions begin anew, below
+  those that were posted before.
+- A cell that nothing but a refused occurrence ever was in: posted when that was read first, and not taken back when
+  a restart reads the one that counts first.
 """
 
 from __future__ import annotations
@@ -169,6 +173,8 @@ def check_live(world: World, posted: Cells, pure: Cells, coverage: Counter[str])
                 cell = cell_id(event.scope, start)
                 costs[cell] = max(costs.get(cell, 0), cost_us(event, rates))
         most.update(costs)
+        if len(several) > 1:
+            excused_cells.update(cell for cell in costs if cell not in pure)
         if len(several) > 1 and frozen:
             excused_cells.update(costs)
             excused_scopes.update(event.scope for event in several if not isinstance(event, Usage))

@@ -32,7 +32,9 @@ class Ledger:
             raise WrongRedis(f"epoch {redis.epoch}, remembered {world.remembered_epoch}")
         number, at_ms = world.archive.last_entry()
         self._book = WiredBook(world, redis.epoch, 0, "ledger")
-        self._book.note_stored(number)  # check_reached
+        if world.parts.ledger_notes_what_it_finds:
+            self._book.note_stored(number)
+        self._book.check_reached(number)
         self._continuity = Continuity(number, at_ms)
         self._writer = world.parts.journal_sink(WiredJournal(world), WiredOutbox(self._book)).build("", 0, 1)
         # The twin keeps entries as they were parsed when they were written.

@@ -29,3 +29,5 @@ class Parts:
     """Whether an epoch's snapshots are committed before its postings are made: Bytewax does it after."""
     commands_reread: int = 2
     """From how many commits before the last one the topic of commands is read again: `reread` of its source."""
+    ledger_notes_what_it_finds: bool = False
+    """Whether the ledger, at its start, tells Redis that the last entry that it has any row of is stored."""

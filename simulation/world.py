@@ -389,6 +389,10 @@ class WiredBook:
     def note_stored(self, number: int) -> None:
         self._call("note stored", lambda: self.book.note_stored(number))
 
+    def check_reached(self, number: int) -> None:
+        """Refuses a book that never had this entry; notes nothing."""
+        self._call("check reached", lambda: self.book._check(number))
+
 
 class WiredOutbox:
     """`metering.ports.Outbox`: notes how far the ledger is, and trims what is stored, or some of it."""
