@@ -53,9 +53,6 @@ class LedgerArchive(Protocol):
     def requests(self) -> Iterator[list[RequestRecord]]:
         """Every money command that was carried out, some at a time."""
 
-    def unknown(self, accounts: Sequence[str]) -> list[str]:
-        """Those of the accounts that have no line."""
-
     def last_window_ms(self) -> int | None:
         """The start of the last window with stored usage or ledger lines."""
 
@@ -79,8 +76,8 @@ class EmptyBook(Protocol):
         """From here on every script of every caller refuses."""
 
     def clear(self, epoch: int, entries: int) -> None:
-        """Forget cells, requests, outbox and resettles; number entries from `entries` on; name the coming epoch,
-        so that scripts run for whoever knows it."""
+        """Forget cells, requests, outbox, resettles and every balance; number entries from `entries` on; name the
+        coming epoch, so that scripts run for whoever knows it."""
 
     def restore_accounts(self, accounts: Sequence[AccountState]) -> None:
         """Write balances, numbers of last lines, and floors. Holds stay."""
@@ -88,11 +85,8 @@ class EmptyBook(Protocol):
     def restore_requests(self, requests: Sequence[RequestRecord]) -> None:
         """Write first results of money commands."""
 
-    def accounts(self) -> Iterator[list[str]]:
-        """Every account that has a balance, some at a time."""
-
-    def forget_accounts(self, accounts: Sequence[str]) -> None:
-        """Remove balances that the ledger knows nothing of."""
+    def forget_accounts(self) -> int:
+        """Remove what is left of accounts that were not restored since `clear`; how many these were."""
 
     def announce(self, epoch: int) -> None:
         """Make the coming epoch the epoch."""
@@ -157,17 +151,14 @@ def rebuild(
     if tired:
         # What the usage store lacks was appended before now, so its event times end at most the tolerance later.
         windows.append(window_start_ms(now_ms() + FUTURE_TOLERANCE_MS))
-    accounts = requests = forgotten = read = 0
+    accounts = requests = read = 0
     for restored in archive.accounts():
         empty.restore_accounts(restored)
         accounts += len(restored)
     for carried_out in archive.requests():
         empty.restore_requests(carried_out)
         requests += len(carried_out)
-    for present in empty.accounts():
-        unknown = archive.unknown(present)
-        empty.forget_accounts(unknown)
-        forgotten += len(unknown)
+    forgotten = empty.forget_accounts()
     yield Step.BALANCES_WRITTEN
     book = open_book(epoch, after_entry)
     # The flows remember the fence that they knew: it must not fall.

@@ -145,7 +145,7 @@ class Rebuilding:
         self._world = world
         chance = world.chance
         self._steps: Generator[object, None, Rebuilt] = rebuild(
-            WiredEmptyBook(world),  # type: ignore[arg-type]
+            WiredEmptyBook(world),
             world.archive,
             LogEnds(world),
             lambda epoch, seen_entry: WiredBook(world, epoch, seen_entry, "rebuild"),

@@ -418,7 +418,7 @@ class Simulation:
         world.say("--- at rest, all is right")
 
     def _stumble(self) -> None:
-        """Settlement is killed on its way some more times, with nothing to wait for: it reads again in other orders."""
+        """Settlement is killed some more times, with nothing to wait for: it reads again in other orders."""
         for _ in range(self.world.chance.choice([0, 1, 1, 4])):
             if not self._is_refused():
                 self._alive(self._settle)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
 from random import Random
@@ -493,11 +493,8 @@ class WiredEmptyBook:
     def restore_requests(self, requests: Sequence[RequestRecord]) -> None:
         self._world.call("rebuild: requests", lambda: self._book.restore_requests(requests), late=False)
 
-    def accounts(self) -> Iterable[list[str]]:
-        return self._book.accounts()
-
-    def forget_accounts(self, accounts: Sequence[str]) -> None:
-        self._world.call("rebuild: forget", lambda: self._book.forget_accounts(accounts), late=False)
+    def forget_accounts(self) -> int:
+        return self._world.call("rebuild: forget", self._book.forget_accounts, late=False)
 
     def announce(self, epoch: int) -> None:
         self._world.call("rebuild: announce", lambda: self._book.announce(epoch), late=False)

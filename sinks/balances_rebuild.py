@@ -6,24 +6,34 @@ Whatever kills it in between leaves a Redis without an epoch, which every script
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import redis
+from redis.commands.core import Script
 
 from metering.rebuild import AccountState
 from schemas import redis_keys
 from schemas.records import RequestRecord
+from sinks.balances import load_script, wrong_redis
 
 KEYS_AT_ONCE = 5_000
+
+Row = TypeVar("Row")
 
 
 class RedisEmptyBook:
     """`metering.rebuild.EmptyBook` on Redis. Raises redis' errors and retries nothing.
 
-    Writes come in transactions, because each costs one wait for the disk.
+    Many keys are written in one call, because each costs one wait for the disk.
     """
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
+        self._restore_accounts = load_script(client, "restore_accounts")
+        self._restore_requests = load_script(client, "restore_requests")
+        self._forget_accounts = load_script(client, "forget_accounts")
+        self._coming = (0, 0)
+        """The epoch and the entries of the last `clear`: another rebuild's Redis is refused."""
 
     def newest_epoch(self) -> int:
         known = self._client.mget(redis_keys.EPOCH, redis_keys.REBUILDING)
@@ -44,60 +54,42 @@ class RedisEmptyBook:
         for prefix in (redis_keys.CELL_PREFIX, redis_keys.REQUEST_PREFIX):
             for keys in self._keys(prefix):
                 self._client.unlink(*keys)
+        for keys in self._keys(redis_keys.BALANCE_PREFIX):
+            pipeline = self._client.pipeline(transaction=True)
+            for key in keys:
+                pipeline.hdel(key, "balance_us", "seq")
+            pipeline.execute()
         pipeline = self._client.pipeline(transaction=True)
         pipeline.set(redis_keys.ENTRIES, entries)
         pipeline.set(redis_keys.LEDGER_STORED, entries)
         pipeline.set(redis_keys.REBUILDING, epoch)
         pipeline.execute()
+        self._coming = (epoch, entries)
 
     def restore_accounts(self, accounts: Sequence[AccountState]) -> None:
-        seconds, microseconds = self._client.time()
-        at_ms = seconds * 1000 + microseconds // 1000
-        for first in range(0, len(accounts), KEYS_AT_ONCE):
-            pipeline = self._client.pipeline(transaction=True)
-            for account, balance_us, seq, floor_us in accounts[first : first + KEYS_AT_ONCE]:
-                key = redis_keys.balance(account)
-                pipeline.hset(
-                    key,
-                    items=[
-                        "balance_us",
-                        balance_us,
-                        "seq",
-                        seq,
-                        "updated_at_ms",
-                        at_ms,
-                        "floor_us",
-                        redis_keys.DEFAULT_FLOOR_US if floor_us is None else floor_us,
-                    ],
-                )
-                # Of an older Redis the sessions that it admitted go on, and so do their holds.
-                pipeline.hsetnx(key, "held_us", "0")
-            pipeline.execute()
+        for some in batched(accounts):
+            values: list[str | int] = []
+            for account, balance_us, seq, floor_us in some:
+                floor = redis_keys.DEFAULT_FLOOR_US if floor_us is None else floor_us
+                values += (account, balance_us, seq, floor)
+            self._run(self._restore_accounts, values)
 
     def restore_requests(self, requests: Sequence[RequestRecord]) -> None:
-        for first in range(0, len(requests), KEYS_AT_ONCE):
-            pipeline = self._client.pipeline(transaction=True)
-            for request in requests[first : first + KEYS_AT_ONCE]:
-                pipeline.hset(
-                    redis_keys.request(request.request_id),
-                    mapping={
-                        "digest": request.digest,
-                        "amount_us": request.amount_us,
-                        "balance_us": request.balance_us,
-                        "outcome": request.outcome,
-                        "at_ms": request.posted_at_ms,
-                    },
-                )
-            pipeline.execute()
+        for some in batched(requests):
+            values: list[str | int] = []
+            for r in some:
+                values += (r.request_id, r.digest, r.amount_us, r.balance_us, r.outcome, r.posted_at_ms)
+            self._run(self._restore_requests, values)
 
-    def accounts(self) -> Iterator[list[str]]:
-        cut = len(redis_keys.BALANCE_PREFIX) + 1
-        for keys in self._keys(redis_keys.BALANCE_PREFIX):
-            yield [key.decode("utf-8", "backslashreplace")[cut:-1] for key in keys]
+    def forget_accounts(self) -> int:
+        keys = self._keys(redis_keys.BALANCE_PREFIX)
+        return sum(int(self._run(self._forget_accounts, some)[1]) for some in keys)
 
-    def forget_accounts(self, accounts: Sequence[str]) -> None:
-        if accounts:
-            self._client.unlink(*(redis_keys.balance(account) for account in accounts))
+    def _run(self, script: Script, values: Sequence[str | int | bytes]) -> Any:
+        try:
+            return script(args=[*self._coming, *values])
+        except redis.ResponseError as error:
+            raise wrong_redis(error) from error
 
     def announce(self, epoch: int) -> None:
         # One step: at no moment is there neither, or both. A repeat after a lost answer finds it done.
@@ -113,3 +105,8 @@ class RedisEmptyBook:
                 found = []
         if found:
             yield found
+
+
+def batched(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """In parts of as many keys as one call writes."""
+    return (rows[first : first + KEYS_AT_ONCE] for first in range(0, len(rows), KEYS_AT_ONCE))

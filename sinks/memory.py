@@ -319,11 +319,6 @@ class MemoryArchive:
     def requests(self) -> Iterator[list[RequestRecord]]:
         yield self._journal.counted_requests()
 
-    def unknown(self, accounts: Sequence[str]) -> list[str]:
-        known = {line.account for line in self._journal.counted_lines()}
-        known |= {floor.account for floor in self._journal.counted_floors()}
-        return sorted(set(accounts) - known)
-
     def last_fence_ms(self) -> int:
         return max((move.frozen_before_ms for move in self._journal.stored_fence_moves()), default=0)
 
@@ -351,6 +346,7 @@ class MemoryEmptyBook:
 
     def __init__(self, redis: MemoryRedis) -> None:
         self._redis = redis
+        self._unrestored: set[str] = set()
 
     def newest_epoch(self) -> int:
         return max(self._redis.epoch or 0, self._redis.rebuilding or 0)
@@ -366,6 +362,7 @@ class MemoryEmptyBook:
         redis.outbox.clear()
         redis.cells.clear()
         redis.requests.clear()
+        self._unrestored = set(redis.accounts)
         redis.token = redis.step = redis.done_frozen_before_ms = redis.done_appended_before_ms = 0
         redis.entries = redis.ledger_stored = entries
         redis.rebuilding = epoch
@@ -374,18 +371,18 @@ class MemoryEmptyBook:
         for name, balance_us, seq, floor_us in accounts:
             floor = DEFAULT_FLOOR_US if floor_us is None else floor_us
             self._redis.accounts[name] = Account(balance_us, seq, floor)
+            self._unrestored.discard(name)
 
     def restore_requests(self, requests: Sequence[RequestRecord]) -> None:
         for request in requests:
             result = CommandResult(CommandOutcome(request.outcome), request.amount_us, request.balance_us)
             self._redis.requests[request.request_id] = (request.digest, result)
 
-    def accounts(self) -> Iterator[list[str]]:
-        yield list(self._redis.accounts)
-
-    def forget_accounts(self, accounts: Sequence[str]) -> None:
-        for name in accounts:
-            self._redis.accounts.pop(name, None)
+    def forget_accounts(self) -> int:
+        for name in self._unrestored:
+            del self._redis.accounts[name]
+        forgotten, self._unrestored = len(self._unrestored), set()
+        return forgotten
 
     def announce(self, epoch: int) -> None:
         if self._redis.epoch != epoch:

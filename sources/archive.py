@@ -43,6 +43,9 @@ READ_SETTINGS: Mapping[str, object] = {
     "max_bytes_before_external_sort": 512 << 20,
 }
 
+PATIENT_SETTINGS = {**READ_SETTINGS, "http_send_timeout": 3_600}
+"""For an answer that comes as it is asked for: the server waits while a part is worked on."""
+
 FINAL_SETTINGS = (
     "SETTINGS defer_partition_pruning_after_final = 1, do_not_merge_across_partitions_select_final = 0"
 )
@@ -122,9 +125,7 @@ class ClickHouseArchive:
             GROUP BY scope, window_start_ms, account
             ORDER BY scope
         """
-        # The server waits while a range is worked on.
-        patient = {**READ_SETTINGS, "http_send_timeout": 3_600}
-        with self._client.query_row_block_stream(query, settings=patient) as blocks:
+        with self._client.query_row_block_stream(query, settings=PATIENT_SETTINGS) as blocks:
             yield _Peekable(row for block in blocks for row in block)
 
     def facts_changed(
@@ -327,24 +328,21 @@ class ClickHouseArchive:
         )
 
     def accounts(self) -> Iterator[list[AccountState]]:
-        after = ""
-        while True:
-            rows = self._rows(
-                f"""
-                SELECT account, sum(change_us), max(seq)
-                FROM {self._database}.ledger FINAL
-                WHERE account > {quoted(after)} AND {self.line_counts}
-                GROUP BY account ORDER BY account LIMIT {ACCOUNTS_AT_ONCE}
-                """
-            )
-            if not rows:
-                break
-            floors = self._floors([account for account, _, _ in rows])
-            yield [
-                AccountState(account, int(balance_us), int(seq), floors.get(account))
-                for account, balance_us, seq in rows
-            ]
-            after = rows[-1][0]
+        # One pass over the ledger, whose order is that of accounts.
+        query = f"""
+            SELECT account, sum(change_us), max(seq)
+            FROM {self._database}.ledger FINAL WHERE {self.line_counts}
+            GROUP BY account ORDER BY account
+        """
+        with self._client.query_row_block_stream(query, settings=PATIENT_SETTINGS) as blocks:
+            for block in blocks:
+                for first in range(0, len(block), ACCOUNTS_AT_ONCE):
+                    rows = block[first : first + ACCOUNTS_AT_ONCE]
+                    floors = self._floors([account for account, _, _ in rows])
+                    yield [
+                        AccountState(account, int(balance_us), int(seq), floors.get(account))
+                        for account, balance_us, seq in rows
+                    ]
         yield from self._accounts_without_lines()
 
     def _accounts_without_lines(self) -> Iterator[list[AccountState]]:
@@ -384,18 +382,6 @@ class ClickHouseArchive:
             names = tuple(RequestRecord.model_fields)
             yield [RequestRecord(**dict(zip(names, row, strict=True))) for row in rows]
             after = rows[-1][0]
-
-    def unknown(self, accounts: Sequence[str]) -> list[str]:
-        if not accounts:
-            return []
-        listed = ", ".join(map(quoted, accounts))
-        known = self._rows(
-            f"SELECT DISTINCT account FROM {self._database}.ledger "
-            f"WHERE account IN ({listed}) AND {self.line_counts} "
-            f"UNION DISTINCT SELECT account FROM {self._database}.floors "
-            f"WHERE account IN ({listed}) AND {self.line_counts}"
-        )
-        return sorted(set(accounts) - {account for (account,) in known})
 
     def last_window_ms(self) -> int | None:
         database = self._database

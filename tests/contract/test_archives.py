@@ -308,4 +308,3 @@ def test_accounts_come_in_parts_with_their_floors(bench: Bench, monkeypatch: pyt
         ("user/u-3", 4, 2, None),
         ("user/u-4", 5, 2, None),
     ]
-    assert bench.archive().unknown(["user/u-0", "user/nobody", "user/new"]) == ["user/nobody"]

@@ -1,0 +1,15 @@
+-- Writes accounts as the ledger knows them, while a rebuild is under way.
+--
+-- ARGV: coming epoch, entries, then for each account: name, balance (us), number of its last line, floor (us).
+-- Of an older Redis the sessions that it admitted go on, and so do their holds.
+
+local refused = refusal()
+if refused then return refused end
+
+local at = now_ms()
+for i = 3, #ARGV, 4 do
+  local key = 'balance:{' .. ARGV[i] .. '}'
+  call('HSET', key, 'balance_us', ARGV[i + 1], 'seq', ARGV[i + 2], 'floor_us', ARGV[i + 3], 'updated_at_ms', at)
+  call('HSETNX', key, 'held_us', '0')
+end
+return last_entry()
