@@ -13,11 +13,17 @@ from simulation.run import simulate
 
 SEEDS = 200
 
-MOST_SEEDS = 2_000
+MOST_SEEDS = 500
 """Within so many seeds from the one below every planted bug has to be found."""
 
-FOUND_AT: dict[str, int] = {}
-"""Where a search begins, so that it is short: the first seed that found the bug when it was planted."""
+FOUND_AT = {
+    "older-answer-clean": 1_112,
+    "older-revision-accepted": 879,
+    "position-before-rows": 683,
+    "torn-batch-counts-as-stored": 2_434,
+}
+"""Where a search begins, for bugs that show in one world of a thousand: a seed that found them. When a change of the
+simulation makes other worlds of the seeds, `python -m simulation --bug NAME` finds another."""
 
 TRACES = """
 from simulation.run import simulate
