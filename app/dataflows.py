@@ -105,6 +105,11 @@ def _settlement(settings: Settings) -> Dataflow:
     events = kafka_source(settings, EVENTS, progress=progress, on_missing_head=raise_fence_past)
     log = events.log
     revision_base = check_log(client, EVENTS, log)
+
+    def each_turn() -> None:
+        book.compact_requests(settings.request_retention_s * 1000)
+        remember_entry(settings, epoch, book.seen_entry)
+
     FenceKeeper(
         settings.kafka,
         EVENTS,
@@ -114,7 +119,7 @@ def _settlement(settings: Settings) -> Dataflow:
         lag_ms=settings.fence_lag_s * 1000,
         interval_s=settings.fence_interval_s,
         say=say,
-        each_turn=lambda: remember_entry(settings, epoch, book.seen_entry),
+        each_turn=each_turn,
     ).start()
     return flows.settlement.build_flow(
         events,

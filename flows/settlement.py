@@ -272,6 +272,7 @@ def _carry_out(accepted: AcceptedCommand, desk: Desk) -> Iterable[DeadLetter]:
     elif result.outcome is CommandOutcome.OVER_LIMIT:
         detail = f"amount_us: {command.amount_us} would take {command.account} out of its range"
         yield dead_letter(accepted.message, RejectReason.OUT_OF_RANGE, detail)
+    # INSUFFICIENT is an answer, not a fault of the message: whoever asked finds it under the request id.
 
 
 def build_flow(

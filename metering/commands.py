@@ -21,6 +21,14 @@ class CommandOutcome(StrEnum):
     """The request id was carried out before, with another body: nothing moved."""
     OVER_LIMIT = "OVER_LIMIT"
     """A balance would leave its range, or both halves name one account: nothing moved."""
+    INSUFFICIENT = "INSUFFICIENT"
+    """The node that should pay has less than the amount: nothing moved."""
+    ARCHIVED = "ARCHIVED"
+    """As REPLAYED, but so long ago that only the ledger knows the first result; the amounts here are 0."""
+
+
+FINAL_REFUSALS = frozenset({CommandOutcome.OVER_LIMIT, CommandOutcome.INSUFFICIENT})
+"""First results that a repeat is answered with as they are."""
 
 
 class CommandResult(NamedTuple):
@@ -40,8 +48,8 @@ def command_digest(command: Command) -> str:
 
 def counter_account(command: Command) -> str:
     """The account that balances the posting, so that the sum over all accounts stays zero."""
-    if command.kind is CommandKind.WRITE_OFF:
-        if command.node_account is None:
-            raise ValueError(f"write-off {command.request_id} names no node account")
+    if command.node_account is not None:
         return command.node_account
+    if command.kind is CommandKind.WRITE_OFF:
+        raise ValueError(f"write-off {command.request_id} names no node account")
     return TOP_UPS if command.kind is CommandKind.TOP_UP else ADJUSTMENTS

@@ -1,7 +1,8 @@
 """The outbox: what one entry of the Redis stream `ledger` says, as records for ClickHouse.
 
 An entry is what one script call changed, all or nothing. Its fields: epoch, entry (its number), at (ms), and
-either lines with cells and endings, or lines with a command, or a fence, or a floor.
+either lines with cells and endings, or lines with a command, or a fence, or a floor; and alerts, if the balances
+fell past a threshold.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import msgspec
 
 from metering.cells import scope_ids
 from schemas.records import (
+    Alert,
     FenceMove,
     FloorRecord,
     LedgerLine,
@@ -21,6 +23,7 @@ from schemas.records import (
     RequestRecord,
     SettlementReason,
     SettlementRecord,
+    Threshold,
 )
 
 _json = msgspec.json.Decoder()
@@ -69,12 +72,15 @@ class OutboxEntry:
     fence_moves: list[FenceMove] = field(default_factory=list)
     requests: list[RequestRecord] = field(default_factory=list)
     floors: list[FloorRecord] = field(default_factory=list)
+    alerts: list[Alert] = field(default_factory=list)
 
 
 def parse_entry(fields: Mapping[bytes, bytes]) -> OutboxEntry:
     """The records of an entry, as redis-py hands it over. Raises KeyError or ValueError for a foreign one."""
     number, epoch, at_ms = int(fields[b"entry"]), int(fields[b"epoch"]), int(fields[b"at"])
     entry = OutboxEntry(number, epoch, at_ms)
+    if b"alerts" in fields:
+        entry.alerts.extend(_alert(parts, entry) for parts in _json.decode(fields[b"alerts"]))
     if b"fence" in fields:
         move = FenceMove(frozen_before_ms=int(fields[b"fence"]), epoch=epoch, moved_at_ms=at_ms, entry=number)
         entry.fence_moves.append(move)
@@ -101,6 +107,20 @@ def parse_entry(fields: Mapping[bytes, bytes]) -> OutboxEntry:
     entry.lines.extend(_line(parts, entry, cells[parts[6]]) for parts in lines)
     entry.settlements.extend(_settlement(parts, entry) for parts in _json.decode(fields[b"endings"]))
     return entry
+
+
+def _alert(parts: list[Any], entry: OutboxEntry) -> Alert:
+    account, seq, threshold, balance_us, floor_us = parts
+    return Alert(
+        account=account,
+        threshold=Threshold(threshold),
+        balance_us=int(balance_us),
+        floor_us=int(floor_us),
+        seq=seq,
+        epoch=entry.epoch,
+        entry=entry.number,
+        at_ms=entry.at_ms,
+    )
 
 
 def _request(parts: list[Any], entry: OutboxEntry) -> RequestRecord:

@@ -58,6 +58,10 @@ class BalanceBook(Protocol):
     def apply_command(self, command: Command) -> CommandResult:
         """Carry out a money command once."""
 
+    def compact_requests(self, retention_ms: int) -> int:
+        """Replace results of commands that the ledger has, and that are older than this, by marks that the request
+        ids are spent; returns how many."""
+
     def set_floor(self, account: str, floor_us: int) -> None:
         """Give an account a floor of its own."""
 

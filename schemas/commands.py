@@ -27,8 +27,8 @@ class CommandKind(StrEnum):
 class Command(msgspec.Struct, frozen=True, gc=False):
     """An accepted money command.
 
-    `node_account` is set for a write-off only, and its `amount_us` is a maximum: the script clamps it to the
-    debt of `account` and the credit of `node_account`.
+    `node_account` pays a write-off, whose `amount_us` is a maximum: the script clamps it to the debt of `account`
+    and the credit of `node_account`. A top-up that names one is paid from the node's credit, all or nothing.
     """
 
     kind: CommandKind
@@ -70,13 +70,16 @@ NonZeroAmountUs = Annotated[
 
 
 class TopUpData(Wire):
-    """Minutes given to an account, against `platform/top_ups`."""
+    """Minutes given to an account: against `platform/top_ups`, or from a node's credit."""
 
     account: Account = Field(description="user/<user_id> or node/<node_id>")
     amount_us: PositiveAmountUs = Field(description="service microseconds")
     request_id: Id = Field(description="made by the client; one request is carried out once")
     reason: Name256 = Field(description="why, in the words of who gave it")
     actor: Name256 = Field(description="who gave it")
+    paid_by: NodeAccount | None = Field(
+        default=None, description="node/<node_id>, the one whose credit pays it, all or nothing"
+    )
 
 
 class AdjustmentData(Wire):

@@ -46,6 +46,8 @@ from schemas.commands import (
     WRITTEN_OFF_TYPE,
     Command,
     CommandKind,
+    ToppedUp,
+    WireCommand,
     WrittenOff,
 )
 from schemas.events import Event, Lifecycle, LifecycleKind, Usage
@@ -111,11 +113,17 @@ def decode_command(value: bytes | None) -> Command:
         request_id=model.data.request_id,
         reason=model.data.reason,
         actor=model.data.actor,
-        node_account=model.data.node_account if isinstance(model, WrittenOff) else None,
+        node_account=_paying_node(model),
         source=model.source,
         id=model.id,
         time_ms=parse_rfc3339_ms(model.time),
     )
+
+
+def _paying_node(model: WireCommand) -> str | None:
+    if isinstance(model, WrittenOff):
+        return model.data.node_account
+    return model.data.paid_by if isinstance(model, ToppedUp) else None
 
 
 def check_append_time(time_ms: int, appended_at_ms: int) -> None:

@@ -94,7 +94,7 @@ class RequestRecord(_Record):
     account: str
     amount_us: int = Field(description="what was moved; 0 when nothing was")
     balance_us: int = Field(description="of the account, afterwards")
-    outcome: str = Field(description="APPLIED or OVER_LIMIT")
+    outcome: str = Field(description="APPLIED, OVER_LIMIT or INSUFFICIENT")
     actor: str
     note: str
     epoch: int = Field(ge=1)
@@ -110,6 +110,30 @@ class FloorRecord(_Record):
     epoch: int = Field(ge=1)
     entry: int = Field(ge=0)
     set_at_ms: int
+
+
+class Threshold(StrEnum):
+    """What a user's balance can fall past."""
+
+    LOW = "low"
+    """From 10 minutes or more to less."""
+    ZERO = "zero"
+    """From zero or more to less."""
+    FLOOR = "floor"
+    """From above the account's floor to it or below: no session is admitted any more."""
+
+
+class Alert(_Record):
+    """A user's balance fell past a threshold: once for each time that it does."""
+
+    account: str
+    threshold: Threshold
+    balance_us: int = Field(description="afterwards")
+    floor_us: int = Field(description="of the account, then")
+    seq: int = Field(ge=0, description="the account's last ledger line then")
+    epoch: int = Field(ge=1)
+    entry: int = Field(ge=0, description="number of the outbox entry that brought it")
+    at_ms: int = Field(description="Redis' clock, milliseconds since the Unix epoch")
 
 
 class OutboxPosition(_Record):

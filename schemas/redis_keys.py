@@ -40,6 +40,13 @@ BALANCE_PREFIX = "balance:"
 REQUEST_PREFIX = "request:"
 """`request:<request_id>` is a hash: the digest of a money command's body and its first result."""
 
+REQUESTS = "requests"
+"""Sorted set of request ids by when they were carried out (ms): those that have a hash."""
+
+REQUEST_MARK_PREFIX = "requests:"
+"""`requests:<4 hex digits>` is a hash: digest of a request id -> digest of its command's body, for requests so old
+that only the ledger has their result. A request id is spent for ever."""
+
 RATE_VERSIONS = "rate_versions"
 """Hash: effective_from (ms) -> the rates in force from then on, so that no version is ever edited."""
 
@@ -55,6 +62,9 @@ NEXT_GENERATION = "log:next_generation"
 DEFAULT_FLOOR_US = -18_000_000_000
 """-300 balance minutes."""
 
+LOW_US = 600_000_000
+"""10 balance minutes: whoever falls below gets an alert."""
+
 
 def balance(account: str) -> str:
     """The hash of one account; the braces are part of the key."""
@@ -69,3 +79,8 @@ def cell(cell_id: str) -> str:
 def request(request_id: str) -> str:
     """The idempotency record of one money command."""
     return REQUEST_PREFIX + request_id
+
+
+def request_mark(digits: str) -> str:
+    """The marks of old requests whose ids' digests begin with these four hex digits."""
+    return REQUEST_MARK_PREFIX + digits

@@ -163,6 +163,10 @@ class Settings(BaseSettings):
     outbox_retention_s: Annotated[Count, Field(ge=0, le=604_800)] = Field(
         default=3_600, description="seconds that drained entries stay in the Redis stream"
     )
+    request_retention_s: Annotated[Count, Field(ge=3_600, le=31_536_000)] = Field(
+        default=604_800,
+        description="seconds that Redis keeps the result of a money command; its request id stays spent for ever",
+    )
     metrics_port: Annotated[Count, Field(ge=0, le=65_535)] = Field(
         default=0,
         description="TCP port of a process's Prometheus metrics; 0 is off. Under `metering up` the flows take "

@@ -21,11 +21,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
 from metering.cells import cell_id, window_start_ms
-from metering.commands import CommandOutcome, command_digest
+from metering.commands import CommandOutcome, CommandResult, command_digest
 from metering.identity import body_digest
 from metering.pricing import cost_us
 from metering.settle import Settling
-from schemas.commands import Command
+from schemas.commands import Command, CommandKind
 from schemas.events import Event, Usage
 from schemas.records import LedgerLine
 from schemas.rejections import Rejected
@@ -121,17 +121,21 @@ def check_commands(world: World) -> None:
     if extra := moved.keys() - first.keys():
         raise Violation(f"nobody asked for {sorted(extra)}")
     for request_id, command in first.items():
-        known = world.redis.requests.get(request_id)
         record = records.get(request_id)
-        if known is None or record is None:
+        if record is None:
             raise Violation(f"{request_id} was not carried out")
+        stored = CommandResult(CommandOutcome(record.outcome), record.amount_us, record.balance_us)
+        mark = world.redis.request_marks.get(request_id)
+        known = world.redis.requests.get(request_id) or (mark and (mark, stored))
+        if not known:
+            raise Violation(f"Redis does not know {request_id}")
         digest, result = known
         if digest != command_digest(command) or record.digest != digest:
             raise Violation(f"{request_id} was carried out with another body")
         if (record.amount_us, record.outcome) != (result.amount_us, result.outcome):
             raise Violation(f"{request_id}: ledger and Redis know another result")
         wanted = command.amount_us if result.outcome is CommandOutcome.APPLIED else 0
-        if command.node_account is None and result.amount_us != wanted:
+        if command.kind is not CommandKind.WRITE_OFF and result.amount_us != wanted:
             raise Violation(f"{request_id} moved {result.amount_us} of {wanted}")
         if moved[request_id].get(command.account, 0) != result.amount_us:
             raise Violation(f"{request_id}: lines move {moved[request_id]}, the result is {result.amount_us}")

@@ -224,8 +224,10 @@ class Settlement:
             self.deliver(worker, chance.choice([1, 2, 10]))
         elif roll < 0.72:
             self.wake(worker)
-        elif roll < 0.90:
+        elif roll < 0.89:
             self.post(worker, chance.choice([1, 3, 50]))
+        elif roll < 0.90:
+            worker.desk.book.compact_requests(chance.choice([0, 60_000]))
         else:
             self.commit()
 

@@ -190,8 +190,11 @@ class Tellers:
         }
         if what == "adjusted":
             data["amount_us"] = chance.choice([-1, 1]) * chance.randint(1, 500_000)
+        node = f"node/n-{chance.randrange(2)}"
         if what == "written_off":
-            data["node_account"] = f"node/n-{chance.randrange(2)}"
+            data["node_account"] = node
+        if what == "topped_up" and chance.random() < 0.3:
+            data["paid_by"] = node
         value = _envelope(f"lingua.account.{what}.v1", f"c-{request}", now_ms - 1, data)
         self._sent.append(value)
         return value

@@ -301,6 +301,8 @@ class World:
         found.outbox = list(self.redis.outbox)
         found.cells = dict(self.redis.cells)
         found.requests = dict(self.redis.requests)
+        found.request_times = dict(self.redis.request_times)
+        found.request_marks = dict(self.redis.request_marks)
         return found
 
     def become(self, other: MemoryRedis) -> None:
@@ -357,6 +359,9 @@ class WiredBook:
         result = self._call("command", lambda: self.book.apply_command(command))
         self.world.say(f"{command.request_id}: {result}")
         return result
+
+    def compact_requests(self, retention_ms: int) -> int:
+        return self._call("compact", lambda: self.book.compact_requests(retention_ms))
 
     def set_floor(self, account: str, floor_us: int) -> None:
         self._call("floor", lambda: self.book.set_floor(account, floor_us))

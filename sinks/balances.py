@@ -33,6 +33,7 @@ MAX_POSTINGS_PER_CALL = 2_000
 """Bounds how long one call keeps Redis busy: a few milliseconds."""
 
 EVICTIONS_PER_CALL = 1_000
+COMPACTIONS_PER_CALL = 1_000
 
 
 def heals(error: Exception) -> bool:
@@ -72,6 +73,7 @@ class RedisBalances:
         self._begin_resettle = load_script(client, "begin_resettle")
         self._post_corrections = load_script(client, "post_corrections")
         self._end_resettle = load_script(client, "end_resettle")
+        self._compact_requests = load_script(client, "compact_requests")
         self._known_fence = 0
         self._seen_entry = seen_entry
         self._on_retry = on_retry
@@ -128,6 +130,17 @@ class RedisBalances:
         )
         self._see(last_entry)
         return CommandResult(CommandOutcome(outcome.decode()), int(amount_us), int(balance_us))
+
+    def compact_requests(self, retention_ms: int) -> int:
+        replaced, some = 0, COMPACTIONS_PER_CALL
+        while some == COMPACTIONS_PER_CALL:
+            last_entry, said = self._run(
+                self._compact_requests, [str(retention_ms), str(COMPACTIONS_PER_CALL)]
+            )
+            self._see(last_entry)
+            some = int(said)
+            replaced += some
+        return replaced
 
     def set_floor(self, account: str, floor_us: int) -> None:
         [last_entry] = self._run(self._set_floor, [self._outbox_max_entries, account, str(floor_us)])

@@ -16,7 +16,8 @@ from metering.money import MAX_AMOUNT_US, REVENUE
 from metering.outbox import OutboxEntry, parse_entry
 from metering.ports import CorrectionAnswer, ResettleTicket, WrongRedis
 from schemas.commands import Command, CommandKind
-from schemas.redis_keys import DEFAULT_FLOOR_US
+from schemas.records import Threshold
+from schemas.redis_keys import DEFAULT_FLOOR_US, LOW_US
 
 MAX_BALANCE_US = 10**18
 """Balances keep below this magnitude: 18 digits, well within 64 bits."""
@@ -52,6 +53,10 @@ class MemoryRedis:
     fence_ms: int = 0
     cells: dict[str, tuple[int, _Record]] = field(default_factory=dict)
     requests: dict[str, tuple[str, CommandResult]] = field(default_factory=dict)
+    request_times: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Request id -> when (ms) it was carried out, and its outbox entry; for those in `requests`."""
+    request_marks: dict[str, str] = field(default_factory=dict)
+    """Request id -> digest of the body, of old requests."""
     token: int = 0
     step: int = 0
     done_frozen_before_ms: int = 0
@@ -73,6 +78,8 @@ class MemoryBalances:
         self.seen_entry = seen_entry
         self._now_ms = now_ms
         self._known_fence_ms = 0
+        self._before: dict[str, tuple[int, int]] = {}
+        """Balance and floor of the accounts that the call under way has changed."""
 
     @property
     def known_fence_ms(self) -> int:
@@ -143,6 +150,9 @@ class MemoryBalances:
             if known[1].outcome is CommandOutcome.APPLIED:
                 return known[1]._replace(outcome=CommandOutcome.REPLAYED)
             return known[1]
+        mark = self.redis.request_marks.get(command.request_id)
+        if mark is not None:
+            return CommandResult(CommandOutcome.ARCHIVED if mark == digest else CommandOutcome.CONFLICT, 0, 0)
         name, counter = command.account, counter_account(command)
         account, other = self._account(name), self._account(counter)
         amount_us, outcome = command.amount_us, CommandOutcome.APPLIED
@@ -154,6 +164,8 @@ class MemoryBalances:
             or abs(other.balance_us - amount_us) >= MAX_BALANCE_US
         ):
             amount_us, outcome = 0, CommandOutcome.OVER_LIMIT
+        elif command.kind is CommandKind.TOP_UP and command.node_account and other.balance_us < amount_us:
+            amount_us, outcome = 0, CommandOutcome.INSUFFICIENT
         lines = []
         if amount_us:
             lines = [
@@ -166,13 +178,28 @@ class MemoryBalances:
             {"command": [*said, str(amount_us), str(account.balance_us), outcome.value], "lines": lines}
         )
         self.redis.requests[command.request_id] = (digest, result)
+        self.redis.request_times[command.request_id] = (self._now_ms(), self.redis.entries)
         self._see()
         return result
+
+    def compact_requests(self, retention_ms: int) -> int:
+        self._check()
+        redis, before_ms = self.redis, self._now_ms() - retention_ms
+        replaced = 0
+        for at_ms, request_id in sorted((at_ms, name) for name, (at_ms, _) in redis.request_times.items()):
+            if at_ms > before_ms or redis.request_times[request_id][1] > redis.ledger_stored:
+                break
+            redis.request_marks[request_id] = redis.requests.pop(request_id)[0]
+            del redis.request_times[request_id]
+            replaced += 1
+        self._see()
+        return replaced
 
     def set_floor(self, account: str, floor_us: int) -> None:
         self._check()
         state = self._account(account)
         if state.floor_us != floor_us:
+            self._before[account] = (state.balance_us, state.floor_us)
             state.floor_us = floor_us
             self._append({"floor": [account, str(floor_us)]})
         self._see()
@@ -244,6 +271,7 @@ class MemoryBalances:
         self.redis.ledger_stored = max(self.redis.ledger_stored, number)
 
     def _check(self, seen_entry: int | None = None) -> None:
+        self._before = {}
         redis = self.redis
         epoch = redis.rebuilding if redis.epoch is None else redis.epoch
         if epoch != self.expected_epoch:
@@ -275,6 +303,7 @@ class MemoryBalances:
     def _move(self, name: str, change_us: int) -> list[object]:
         account = self._account(name)
         before_us = account.balance_us
+        self._before.setdefault(name, (before_us, account.floor_us))
         account.balance_us += change_us
         account.seq += 1
         return [name, account.seq, str(change_us), str(before_us), str(account.balance_us)]
@@ -284,5 +313,22 @@ class MemoryBalances:
         redis.entries += 1
         entry = {b"epoch": b"%d" % self.expected_epoch, b"at": b"%d" % self._now_ms()}
         entry[b"entry"] = b"%d" % redis.entries
+        if alerts := self._alerts():
+            fields["alerts"] = alerts
         entry |= {name.encode(): json.dumps(value).encode() for name, value in fields.items()}
         redis.outbox.append(parse_entry(entry))
+
+    def _alerts(self) -> list[list[object]]:
+        alerts: list[list[object]] = []
+        for name, (before_us, floor_before_us) in sorted(self._before.items()):
+            account = self.redis.accounts[name]
+            after_us = account.balance_us
+            fell = (
+                (before_us >= LOW_US > after_us, Threshold.LOW),
+                (before_us >= 0 > after_us, Threshold.ZERO),
+                (before_us > floor_before_us and after_us <= account.floor_us, Threshold.FLOOR),
+            )
+            if name.startswith("user/"):
+                said = str(after_us), str(account.floor_us)
+                alerts += [[name, account.seq, threshold.value, *said] for has, threshold in fell if has]
+        return alerts

@@ -49,9 +49,13 @@ class RedisEmptyBook:
 
     def clear(self, epoch: int, entries: int) -> None:
         self._client.delete(
-            redis_keys.LEDGER_STREAM, redis_keys.LIVE_CELLS, redis_keys.RESETTLE, redis_keys.LEDGER_STORED
+            redis_keys.LEDGER_STREAM,
+            redis_keys.LIVE_CELLS,
+            redis_keys.RESETTLE,
+            redis_keys.LEDGER_STORED,
+            redis_keys.REQUESTS,
         )
-        for prefix in (redis_keys.CELL_PREFIX, redis_keys.REQUEST_PREFIX):
+        for prefix in (redis_keys.CELL_PREFIX, redis_keys.REQUEST_PREFIX, redis_keys.REQUEST_MARK_PREFIX):
             for keys in self._keys(prefix):
                 self._client.unlink(*keys)
         for keys in self._keys(redis_keys.BALANCE_PREFIX):
@@ -78,7 +82,15 @@ class RedisEmptyBook:
         for some in batched(requests):
             values: list[str | int] = []
             for r in some:
-                values += (r.request_id, r.digest, r.amount_us, r.balance_us, r.outcome, r.posted_at_ms)
+                values += (
+                    r.request_id,
+                    r.digest,
+                    r.amount_us,
+                    r.balance_us,
+                    r.outcome,
+                    r.posted_at_ms,
+                    r.entry,
+                )
             self._run(self._restore_requests, values)
 
     def forget_accounts(self) -> int:

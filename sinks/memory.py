@@ -362,6 +362,8 @@ class MemoryEmptyBook:
         redis.outbox.clear()
         redis.cells.clear()
         redis.requests.clear()
+        redis.request_times.clear()
+        redis.request_marks.clear()
         self._unrestored = set(redis.accounts)
         redis.token = redis.step = redis.done_frozen_before_ms = redis.done_appended_before_ms = 0
         redis.entries = redis.ledger_stored = entries
@@ -377,6 +379,7 @@ class MemoryEmptyBook:
         for request in requests:
             result = CommandResult(CommandOutcome(request.outcome), request.amount_us, request.balance_us)
             self._redis.requests[request.request_id] = (request.digest, result)
+            self._redis.request_times[request.request_id] = (request.posted_at_ms, request.entry)
 
     def forget_accounts(self) -> int:
         for name in self._unrestored:

@@ -1,11 +1,12 @@
 -- Carries out one money command as a double posting, once for each request id.
 --
 -- ARGV: epoch, entries seen, outbox bound, request id, digest of the body, kind (top_up, adjustment, write_off),
---   account, counter account (a node's for a write-off), amount (us), who and why as JSON strings
---   ("request id","actor","reason").
+--   account, counter account (a node's for a write-off, or when it pays a top-up), amount (us), who and why as JSON
+--   strings ("request id","actor","reason").
 -- What came of it goes to the outbox even when nothing moved, so that a rebuild knows it too.
 -- Reply: 'FULL', or {last entry, outcome, amount (us) that was moved, balance after (us)} with outcome APPLIED, REPLAYED
---   (same id, same body: the first result), CONFLICT (same id, another body) or OVER_LIMIT.
+--   (same id, same body: the first result), ARCHIVED (likewise, but only the ledger has the result), CONFLICT (same
+--   id, another body), OVER_LIMIT or INSUFFICIENT (the node has less than it should pay).
 -- Errors: EPOCH ... when this is not the Redis that the caller means; nothing was done.
 
 local refused = refusal()
@@ -14,9 +15,12 @@ if refused then return refused end
 local request = 'request:' .. ARGV[4]
 local stored = call('HMGET', request, 'digest', 'amount_us', 'balance_us', 'outcome')
 if stored[1] then
-  local repeated = stored[4] == 'OVER_LIMIT' and 'OVER_LIMIT' or 'REPLAYED'
+  local repeated = stored[4] == 'APPLIED' and 'REPLAYED' or stored[4]
   return {last_entry(), stored[1] == ARGV[5] and repeated or 'CONFLICT', stored[2], stored[3]}
 end
+local bucket, name, body = request_mark(ARGV[4], ARGV[5])
+local mark = call('HGET', bucket, name)
+if mark then return {last_entry(), mark == body and 'ARCHIVED' or 'CONFLICT', '0', '0'} end
 if call('XLEN', 'ledger') >= tonumber(ARGV[3]) then return 'FULL' end
 
 local kind, account, counter, amount = ARGV[6], ARGV[7], ARGV[8], ARGV[9]
@@ -34,6 +38,8 @@ if amount ~= '0' then
   local after, counter_after = add(state.balance, amount), add(counter_state.balance, negated(amount))
   if not after or not counter_after or account == counter then
     amount, outcome = '0', 'OVER_LIMIT'
+  elseif kind == 'top_up' and sub(counter, 1, 5) == 'node/' and sub(counter_after, 1, 1) == '-' then
+    amount, outcome = '0', 'INSUFFICIENT'
   else
     local before, counter_before = state.balance, counter_state.balance
     state.balance, state.seq, state.changed = after, state.seq + 1, true
@@ -47,7 +53,8 @@ end
 local at = now_ms()
 write_accounts(at)
 call('HSET', request, 'digest', ARGV[5], 'amount_us', amount, 'balance_us', state.balance, 'outcome', outcome,
-  'at_ms', at)
+  'at_ms', at, 'entry', format('%.0f', tonumber(last_entry()) + 1))
+call('ZADD', 'requests', at, ARGV[4])
 append(at,
   'command', '[' .. ARGV[10] .. ',"' .. ARGV[5] .. '","' .. kind .. '","' .. account .. '","' .. amount .. '","'
     .. state.balance .. '","' .. outcome .. '"]',

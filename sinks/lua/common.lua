@@ -25,9 +25,21 @@ local function refusal()
   return nil
 end
 
+-- Filled by `write_accounts`: users whose balance fell past a threshold, as JSON.
+local alerts = {}
+
 -- Appends one numbered entry to the outbox; the number grows without gaps, across epochs too.
 local function append(at, ...)
-  call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'entry', call('INCR', 'entries'), 'at', at, ...)
+  local entry = call('INCR', 'entries')
+  if #alerts == 0 then
+    call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'entry', entry, 'at', at, ...)
+  else
+    table.sort(alerts, function(left, right) return left[1] < right[1] end)
+    local told = {}
+    for index, alert in ipairs(alerts) do told[index] = alert[2] end
+    call('XADD', 'ledger', '*', 'epoch', ARGV[1], 'entry', entry, 'at', at,
+      'alerts', '[' .. table.concat(told, ',') .. ']', ...)
+  end
 end
 
 local function last_entry()
@@ -91,6 +103,7 @@ local function account_state(account)
     local stored = call('HMGET', 'balance:{' .. account .. '}', 'balance_us', 'seq', 'floor_us', 'held_us')
     state = {
       balance = stored[1] or '0',
+      first = stored[1] or '0',
       seq = tonumber(stored[2] or '0'),
       floor = stored[3],
       held = stored[4],
@@ -101,15 +114,33 @@ local function account_state(account)
   return state
 end
 
+-- Doubles are exact near all three thresholds, and far from them they need not be.
+local LOW_US, DEFAULT_FLOOR_US = 600000000, '-18000000000'
+
+local function note_alerts(account, state, seq)
+  local before, after = tonumber(state.first), tonumber(state.balance)
+  local floor = state.floor or DEFAULT_FLOOR_US
+  local floor_before = tonumber(state.floor_before or floor)
+  local function tell(order, threshold)
+    alerts[#alerts + 1] = {account .. order, '["' .. account .. '",' .. seq .. ',"' .. threshold .. '","'
+      .. state.balance .. '","' .. floor .. '"]'}
+  end
+  if before >= LOW_US and after < LOW_US then tell('=1', 'low') end
+  if before >= 0 and after < 0 then tell('=2', 'zero') end
+  if before > floor_before and after <= tonumber(floor) then tell('=3', 'floor') end
+end
+
+-- Before `append`, which takes the alerts along.
 local function write_accounts(at)
   for account, state in pairs(accounts) do
     if state.changed then
+      if sub(account, 1, 5) == 'user/' then note_alerts(account, state, format('%.0f', state.seq)) end
       local key, seq = 'balance:{' .. account .. '}', format('%.0f', state.seq)
       if state.floor and state.held then
         call('HSET', key, 'balance_us', state.balance, 'seq', seq, 'updated_at_ms', at)
       else
         call('HSET', key, 'balance_us', state.balance, 'seq', seq, 'updated_at_ms', at,
-          'floor_us', state.floor or '-18000000000', 'held_us', state.held or '0')
+          'floor_us', state.floor or DEFAULT_FLOOR_US, 'held_us', state.held or '0')
       end
     end
   end
@@ -138,4 +169,15 @@ local function stage(names, changes, count, lines, reference, reason_of)
     lines[#lines + 1] = line(account, state, format('%.0f', changes[index]), before, reason_of(account), reference)
   end
   return true
+end
+
+-- Where the mark of a request stands that was carried out long ago: key and field of a hash, and the value for a
+-- command's body. Short, since they stay for ever.
+local function packed(hex)
+  return (string.gsub(hex, '..', function(byte) return string.char(tonumber(byte, 16)) end))
+end
+
+local function request_mark(request_id, digest)
+  local hash = redis.sha1hex(request_id)
+  return 'requests:' .. sub(hash, 1, 4), packed(sub(hash, 5, 28)), packed(sub(digest, 1, 16))
 end

@@ -11,7 +11,7 @@ local account, floor = ARGV[4], ARGV[5]
 local state = account_state(account)
 if state.floor ~= floor then
   local at = now_ms()
-  state.changed = true
+  state.changed, state.floor_before, state.floor = true, state.floor or DEFAULT_FLOOR_US, floor
   write_accounts(at)
   call('HSET', 'balance:{' .. account .. '}', 'floor_us', floor)
   append(at, 'floor', '["' .. account .. '","' .. floor .. '"]')

@@ -21,6 +21,7 @@ from schemas import redis_keys
 from schemas.commands import Command, CommandKind
 from schemas.messages import OutboxMessage
 from schemas.records import LedgerLine, SettlementReason
+from schemas.redis_keys import LOW_US
 from sinks.balances import RedisBalances
 from sinks.balances_memory import MemoryBalances
 from sinks.outbox import RedisOutbox
@@ -300,6 +301,79 @@ def test_a_write_off_is_clamped_to_debt_and_credit(bench: Bench) -> None:
     assert_chains_are_whole(lines_of(bench), bench.balances())
 
 
+def gift(request_id: str, amount_us: int) -> Command:
+    """A top-up that a node pays."""
+    kind = CommandKind.TOP_UP
+    return Command(kind, "user/u-1", amount_us, request_id, "gift", "node/n-1", "node/n-1", "web", "c", 0)
+
+
+def test_a_node_pays_a_top_up_from_its_credit_or_not_at_all(bench: Bench) -> None:
+    """To the last microsecond, and never below zero; what was refused stays refused under its request id."""
+    post(bench, cell({"user/u-2": -70, "node/n-1": 40}))
+    assert bench.book.apply_command(gift("g-1", 41)) == (CommandOutcome.INSUFFICIENT, 0, 0)
+    assert bench.book.apply_command(gift("g-2", 40)) == (CommandOutcome.APPLIED, 40, 40)
+    post(bench, cell({"user/u-2": -70, "node/n-1": 40}, room="r-2"))
+    assert bench.book.apply_command(gift("g-1", 41)) == (CommandOutcome.INSUFFICIENT, 0, 0)
+    assert bench.book.apply_command(gift("g-3", 41)) == (CommandOutcome.INSUFFICIENT, 0, 40)
+    assert nonzero(bench.balances()) == {
+        "user/u-1": 40, "user/u-2": -140, "node/n-1": 40, "platform/revenue": 60,
+    }  # fmt: skip
+    assert_chains_are_whole(lines_of(bench), bench.balances())
+
+
+def test_an_old_request_id_is_spent_for_ever(bench: Bench) -> None:
+    """Its result is forgotten once the ledger has it; then a repeat is told from a conflict all the same."""
+    bench.book.apply_command(top_up("q-1", 500))
+    bench.book.apply_command(top_up("q-2", 7))
+    assert bench.book.compact_requests(0) == 0, "the ledger has neither"
+    bench.note_stored(1)
+    assert bench.book.compact_requests(3_600_000) == 0, "both are young"
+    assert bench.book.compact_requests(0) == 1
+    assert bench.book.apply_command(top_up("q-1", 500)) == (CommandOutcome.ARCHIVED, 0, 0)
+    assert bench.book.apply_command(top_up("q-1", 501)) == (CommandOutcome.CONFLICT, 0, 0)
+    assert bench.book.apply_command(top_up("q-2", 7)) == (CommandOutcome.REPLAYED, 7, 507)
+    assert bench.balances() == {"user/u-1": 507, "platform/top_ups": -507}
+
+
+def fallen(bench: Bench) -> list[tuple]:
+    return [
+        (alert.account, alert.threshold.value, alert.balance_us, alert.floor_us, alert.seq, alert.entry)
+        for entry in bench.entries()
+        for alert in entry.alerts
+    ]
+
+
+def test_a_user_who_never_stops_falls_past_each_threshold_once(bench: Bench) -> None:
+    """Below ten minutes, below zero, to the floor; further down nobody is told again, and nodes have none."""
+    bench.book.apply_command(top_up("q-1", LOW_US + 1))
+    for revision, spent in enumerate((1, 2, LOW_US + 1, LOW_US + 2, LOW_US + 9, LOW_US + 18_000_000_001), 1):
+        post(bench, cell({"user/u-1": -spent, "node/n-1": spent}, revision))
+    floor = -18_000_000_000
+    assert fallen(bench) == [
+        ("user/u-1", "low", LOW_US - 1, floor, 3, 3),
+        ("user/u-1", "zero", -1, floor, 5, 5),
+        ("user/u-1", "floor", floor, floor, 7, 7),
+    ]
+    bench.book.apply_command(top_up("q-2", 1))
+    post(bench, cell({"user/u-1": -1}, room="r-2"))
+    assert fallen(bench)[3:] == [("user/u-1", "floor", floor, floor, 9, 9)], "above it and down again"
+
+
+def test_one_posting_may_fall_past_all_thresholds(bench: Bench) -> None:
+    """Each is told, of every user, and also when the floor is raised to where the balance is."""
+    bench.book.apply_command(top_up("q-1", LOW_US, "user/u-2"))
+    bench.book.set_floor("user/u-2", -5)
+    post(bench, cell({"user/u-2": -LOW_US - 5, "user/u-1": -3}))
+    bench.book.set_floor("user/u-1", -3)
+    assert fallen(bench) == [
+        ("user/u-1", "zero", -3, -18_000_000_000, 1, 3),
+        ("user/u-2", "low", -5, -5, 2, 3),
+        ("user/u-2", "zero", -5, -5, 2, 3),
+        ("user/u-2", "floor", -5, -5, 2, 3),
+        ("user/u-1", "floor", -3, -3, 1, 4),
+    ]
+
+
 def correction(changes: dict[str, int], start_ms: int = START_MS, room: str = "r-1") -> Correction:
     return Correction(f"room/{room}@{start_ms}", start_ms, "v1", changes)
 
@@ -432,12 +506,14 @@ operations = st.lists(
         st.tuples(st.just("fence"), st.integers(0, 3)),
         st.tuples(st.just("top_up"), st.integers(0, 3), st.integers(1, MAX_AMOUNT_US)),
         st.tuples(st.just("write_off"), st.integers(4, 6), st.integers(1, MAX_AMOUNT_US)),
+        st.tuples(st.just("gift"), st.integers(5, 8), st.integers(1, MAX_AMOUNT_US)),
+        st.tuples(st.just("compact"), st.booleans()),
         st.tuples(st.just("begin_resettle")),
         st.tuples(st.just("correct"), st.integers(1, 2), st.integers(0, 2), small_vectors),
         st.tuples(st.just("end_resettle"), st.integers(1, 2)),
         st.tuples(st.just("floor"), st.integers(-3, 3)),
     ),
-    max_size=12,
+    max_size=14,
 )
 
 
@@ -454,6 +530,7 @@ def test_redis_and_its_twin_agree_on_everything(script: list[tuple], redis_clien
     assert memory.live_cells() == server.live_cells()
     told = [[line.model_dump(exclude={"posted_at_ms"}) for line in lines_of(twin)] for twin in twins]
     assert told[0] == told[1]
+    assert fallen(memory) == fallen(server)
     assert_chains_are_whole(lines_of(server), server.balances())
 
 
@@ -475,8 +552,12 @@ def _carry_out(twin: Bench, operation: tuple) -> object:  # noqa: PLR0911
             return str(error).partition(" ")[0]
     if name == "end_resettle":
         return twin.book.end_resettle(arguments[0], START_MS, 5)
+    if name == "compact":
+        if arguments[0]:
+            twin.note_stored(len(twin.entries()))
+        return twin.book.compact_requests(0)
     if name == "floor":
         return twin.book.set_floor("user/u-1", arguments[0])
     request, amount = arguments
-    command = top_up(f"q-{request}", amount) if name == "top_up" else write_off(f"q-{request}", amount)
-    return twin.book.apply_command(command)
+    make = {"top_up": top_up, "write_off": write_off, "gift": gift}[name]
+    return twin.book.apply_command(make(f"q-{request}", amount))

@@ -42,8 +42,9 @@ def test_types_and_reasons() -> None:
 def test_redis_keys() -> None:
     """Every key."""
     keys = {value for name, value in vars(redis_keys).items() if name.isupper() and isinstance(value, str)}
-    prefixes = {redis_keys.BALANCE_PREFIX, redis_keys.CELL_PREFIX, redis_keys.REQUEST_PREFIX}
+    prefixes = {value for value in keys if value.endswith(":")}
     patterns = {
+        redis_keys.request_mark("<digits>"),
         redis_keys.balance("<account>"),
         redis_keys.cell("<cell_id>"),
         redis_keys.request("<request_id>"),

@@ -433,6 +433,8 @@ def command(kind: str = "topped_up", **changes: Any) -> dict[str, Any]:
     [
         (command(), (CommandKind.TOP_UP, "user/u-5", 60_000_000, None)),
         (command(node_account="node/n"), (CommandKind.TOP_UP, "user/u-5", 60_000_000, None)),
+        (command(paid_by="node/n"), (CommandKind.TOP_UP, "user/u-5", 60_000_000, "node/n")),
+        (command(paid_by=None), (CommandKind.TOP_UP, "user/u-5", 60_000_000, None)),
         (command(account="node/n-1", amount_us=1), (CommandKind.TOP_UP, "node/n-1", 1, None)),
         (
             command("adjusted", amount_us=-4_000_000_000_000_000),

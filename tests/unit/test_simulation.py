@@ -22,8 +22,8 @@ FOUND_AT = {
     "position-before-rows": 683,
     "torn-batch-counts-as-stored": 2_434,
 }
-"""Where a search begins, for bugs that show in one world of a thousand: a seed that found them. When a change of the
-simulation makes other worlds of the seeds, `python -m simulation --bug NAME` finds another."""
+"""Where a search begins, for bugs that show in one world of a thousand: a seed that found them. When a change of
+the simulation makes other worlds of the seeds, `python -m simulation --bug NAME` finds another."""
 
 TRACES = """
 from simulation.run import simulate
