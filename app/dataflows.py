@@ -24,6 +24,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from prometheus_client import start_http_server
 
+import flows.alerts
 import flows.ledger
 import flows.settlement
 import flows.usage_store
@@ -39,13 +40,15 @@ from metering.ports import WrongRedis
 from schemas.decode import FUTURE_TOLERANCE_MS
 from schemas.ports import StoreRefused
 from schemas.rate_card import load_rate_card
+from schemas.redis_keys import ALERTS_SENT
 from schemas.rejections import RejectReason
 from schemas.settings import Settings, SettingsError, load_settings, one_line
-from schemas.topics import COMMANDS, DEAD_LETTERS, EVENTS
+from schemas.topics import ALERTS, COMMANDS, DEAD_LETTERS, EVENTS
 from sinks.balances import RedisBalances, heals
 from sinks.clickhouse import ClickHouseJournal, ClickHouseUsageStore
-from sinks.kafka import DeadLetterSink, KafkaDeadLetters
+from sinks.kafka import ConfirmedProducer, DeadLetterSink, KafkaDeadLetters, Outgoing
 from sinks.outbox import RedisOutbox
+from sinks.retrying import retrying
 from sources.archive import ClickHouseArchive
 from sources.kafka import KafkaSource, Progress, WrongLog
 from sources.outbox import OutboxSource
@@ -75,6 +78,11 @@ def usage_store() -> Dataflow:
 def ledger() -> Dataflow:
     """The outbox in Redis to the ledger in ClickHouse."""
     return _built(_ledger)
+
+
+def alerts() -> Dataflow:
+    """Thresholds that balances fell past, from the outbox in Redis to Kafka."""
+    return _built(_alerts)
 
 
 def _settlement(settings: Settings) -> Dataflow:
@@ -176,6 +184,29 @@ def _ledger(settings: Settings) -> Dataflow:
     keeper.check_reached(number)
     source = OutboxSource(client, heals, Continuity(number, at_ms), keeper.condemn)
     return flows.ledger.build_flow(source, journal, keeper)
+
+
+def _alerts(settings: Settings) -> Dataflow:
+    client = redis_client(settings)
+    expected_epoch(settings, client)
+    on_retry = _counted("Redis, note which alerts are sent")
+
+    def after() -> bytes:
+        sent = retrying(lambda: client.get(ALERTS_SENT), heals=heals, on_retry=on_retry)
+        return sent or b"0-0"  # type: ignore[return-value]
+
+    def note(entry_id: bytes) -> None:
+        retrying(lambda: client.set(ALERTS_SENT, entry_id), heals=heals, on_retry=on_retry)
+
+    def refuse(problem: str) -> NoReturn:
+        raise WrongRedis(problem)
+
+    producer = ConfirmedProducer(settings.kafka, ALERTS, _counted("Kafka, alerts"))
+    return flows.alerts.build_flow(
+        OutboxSource(client, heals, None, refuse, after),
+        lambda messages: producer.send([Outgoing(key, value) for key, value in messages]),
+        note,
+    )
 
 
 def kafka_source(

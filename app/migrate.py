@@ -33,7 +33,7 @@ from app.errors import CommandError
 from metering.money import REVENUE
 from schemas import redis_keys
 from schemas.settings import one_line
-from schemas.topics import COMMANDS, DEAD_LETTERS, EVENTS
+from schemas.topics import ALERTS, COMMANDS, DEAD_LETTERS, EVENTS
 from telemetry import faults
 from telemetry.quiet import KAFKA_LOGGER
 
@@ -178,6 +178,7 @@ TOPIC_CONFIGS: Mapping[str, Mapping[str, str]] = {
     COMMANDS: {"max.message.bytes": "1048588", "retention.ms": "-1"},
     # A refused message may be as large as the broker let in, and gets headers on top.
     DEAD_LETTERS: {"max.message.bytes": "1148588"},
+    ALERTS: {},
 }
 """What each topic is made with, besides the timestamp type. The broker lets in far more than the 64 KiB that
 are accepted, so that a message that is too large becomes a dead letter, not an error at its producer."""

@@ -93,6 +93,7 @@ def default_flows(settings: Settings) -> tuple[Flow, ...]:
         bytewax_flow("usage_store", settings, reads_broker=True, needs_recovery=True),
         bytewax_flow("ledger", settings, reads_broker=False, needs_recovery=False),
         Flow("audit", (sys.executable, "-m", "app.repair.service"), reads_broker=True),
+        bytewax_flow("alerts", settings, reads_broker=False, needs_recovery=False),
     )
 
 

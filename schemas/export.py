@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, get_args
 from pydantic import BaseModel, SecretStr
 
 from schemas import topics
+from schemas.alerts import ALERT_MODELS
 from schemas.cloudevents import EVENT_MODELS
 from schemas.commands import COMMAND_MODELS
 from schemas.rate_card import RateCardFile
@@ -41,6 +42,7 @@ def documents() -> dict[Path, str]:
     models: dict[str, type[BaseModel]] = {
         **EVENT_MODELS,
         **COMMAND_MODELS,
+        **ALERT_MODELS,
         **_RECORDS,
         "rate_card": RateCardFile,
     }
@@ -59,10 +61,14 @@ def _schema(model: type[BaseModel]) -> JsonObject:
 
 
 def asyncapi() -> JsonObject:
-    """The AsyncAPI 3.0 document: three topics, their keys, and what lies in them."""
+    """The AsyncAPI 3.0 document: the topics, their keys, and what lies in them."""
     messages: JsonObject = {}
     schemas: JsonObject = {}
-    for models, key in ((EVENT_MODELS, _SCOPE_KEY), (COMMAND_MODELS, _ACCOUNT_KEY)):
+    for models, key in (
+        (EVENT_MODELS, _SCOPE_KEY),
+        (COMMAND_MODELS, _ACCOUNT_KEY),
+        (ALERT_MODELS, _ACCOUNT_KEY),
+    ):
         for type_name, model in models.items():
             messages[type_name] = _cloudevent_message(type_name, model, key, schemas)
     messages["dead_letter"] = _DEAD_LETTER
@@ -71,7 +77,7 @@ def asyncapi() -> JsonObject:
         "info": {
             "title": "Lingua Metering",
             "version": "1",
-            "description": "What nodes, the scheduler and operators put into Kafka, and what is refused.",
+            "description": "What nodes, the scheduler and operators put into Kafka, what is refused, and alerts.",
         },
         "defaultContentType": "application/cloudevents+json",
         "channels": {
@@ -82,11 +88,15 @@ def asyncapi() -> JsonObject:
             "dead_letters": _channel(
                 topics.DEAD_LETTERS, "Refused messages with their original bytes.", ["dead_letter"]
             ),
+            "alerts": _channel(
+                topics.ALERTS, "Balances that fell past a threshold, keyed by account.", list(ALERT_MODELS)
+            ),
         },
         "operations": {
             "receive_events": {"action": "receive", "channel": {"$ref": "#/channels/events"}},
             "receive_commands": {"action": "receive", "channel": {"$ref": "#/channels/commands"}},
             "send_dead_letters": {"action": "send", "channel": {"$ref": "#/channels/dead_letters"}},
+            "send_alerts": {"action": "send", "channel": {"$ref": "#/channels/alerts"}},
         },
         "components": {"messages": messages, "schemas": schemas},
     }

@@ -21,6 +21,9 @@ less than somebody saw before has lost its end, and scripts refuse it."""
 LEDGER_STORED = "ledger_stored"
 """String, an integer: the number of the last outbox entry whose rows are in ClickHouse."""
 
+ALERTS_SENT = "alerts_sent"
+"""String, the id of a stream entry: alerts of everything up to it are in Kafka. It goes with the stream."""
+
 RESETTLE = "resettle"
 """Hash: token and step of the last resettle, and up to where one was complete (frozen_before_ms,
 appended_before_ms)."""

@@ -170,7 +170,7 @@ class Settings(BaseSettings):
     metrics_port: Annotated[Count, Field(ge=0, le=65_535)] = Field(
         default=0,
         description="TCP port of a process's Prometheus metrics; 0 is off. Under `metering up` the flows take "
-        "this port and the next ones, in the order settlement, usage_store, ledger, audit",
+        "this port and the next ones, in the order settlement, usage_store, ledger, audit, alerts",
     )
     epoch_interval_s: Annotated[Count, Field(ge=1, le=3_600)] = Field(
         default=10, description="seconds between two snapshots of a flow (Bytewax's epoch interval)"

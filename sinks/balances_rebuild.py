@@ -54,6 +54,7 @@ class RedisEmptyBook:
             redis_keys.RESETTLE,
             redis_keys.LEDGER_STORED,
             redis_keys.REQUESTS,
+            redis_keys.ALERTS_SENT,
         )
         for prefix in (redis_keys.CELL_PREFIX, redis_keys.REQUEST_PREFIX, redis_keys.REQUEST_MARK_PREFIX):
             for keys in self._keys(prefix):

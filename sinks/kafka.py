@@ -1,13 +1,14 @@
-"""Dead letters on Kafka: produced with checked delivery, or not at all.
+"""What the flows send to Kafka: produced with checked delivery, or not at all.
 
-Order of effects: all letters of a call are produced and confirmed by all replicas before the call returns, so
-the flow cannot commit past a letter that was lost. A crash before that produces them again; a letter's
-identity (topic, log, partition, offset of the original) stays the same, and the archive replaces.
+Order of effects: all messages of a call are produced and confirmed by all replicas before the call returns, so
+a flow cannot go on past one that was lost. A crash before that produces them again, with the same identity: a dead
+letter's is (topic, log, partition, offset of the original), and the archive replaces; an alert's is its id.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from bytewax.outputs import DynamicSink, StatelessSinkPartition
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -26,7 +27,7 @@ FETCH_TIMEOUT_S = 10.0
 
 
 class NotDelivered(Exception):
-    """Some letters were not confirmed; producing all of them again is safe."""
+    """Some messages were not confirmed; producing all of them again is safe."""
 
 
 def producer_settings(bootstrap: str) -> dict[str, object]:
@@ -44,6 +45,56 @@ def producer_settings(bootstrap: str) -> dict[str, object]:
     }
 
 
+class Outgoing(NamedTuple):
+    """A message to send."""
+
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]] = ()
+
+
+class ConfirmedProducer:
+    """Sends to one topic; waits while the broker is away."""
+
+    def __init__(
+        self, bootstrap: str, topic: str, on_retry: Callable[[Exception], None] = ignore_retry
+    ) -> None:
+        self._bootstrap = bootstrap
+        self._topic = topic
+        self._on_retry = on_retry
+        self._producer: Producer | None = None
+
+    def send(self, messages: Sequence[Outgoing]) -> None:
+        """Returns when every message is stored; blocks and tries again for as long as it takes."""
+        retrying(lambda: self._send_once(messages), heals=_heals, on_retry=self._on_retry)
+
+    def _send_once(self, messages: Sequence[Outgoing]) -> None:
+        if self._producer is None:
+            self._producer = Producer(producer_settings(self._bootstrap))
+        failures: list[str] = []
+
+        def confirm(error: KafkaError | None, _message: Message) -> None:
+            if error is not None:
+                failures.append(error.str())
+
+        for key, value, headers in messages:
+            while True:
+                try:
+                    self._producer.produce(
+                        self._topic, key=key, value=value, headers=list(headers), on_delivery=confirm
+                    )
+                    break
+                except BufferError:
+                    self._producer.poll(0.1)
+        unconfirmed = self._producer.flush(DELIVERY_TIMEOUT_MS / 1000 + 5)
+        if failures or unconfirmed:
+            # A producer whose broker came back as another one never delivers again: the next try has its own.
+            self._producer = None
+            raise NotDelivered(
+                failures[0] if failures else f"{unconfirmed} messages to {self._topic} not confirmed"
+            )
+
+
 class KafkaDeadLetters:
     """Sends dead letters; waits while the broker is away."""
 
@@ -58,42 +109,16 @@ class KafkaDeadLetters:
         self._events_topic = events_topic
         self._events_log = events_log
         self._on_retry = on_retry
-        self._producer: Producer | None = None
+        self._producer = ConfirmedProducer(bootstrap, DEAD_LETTERS, on_retry)
 
     def send(self, refused: Sequence[DeadLetter | Displaced]) -> None:
         """Returns when every letter is stored; blocks and tries again for as long as it takes."""
         letters = [self._with_bytes(item) if isinstance(item, Displaced) else item for item in refused]
-        retrying(lambda: self._send_once(letters), heals=_heals, on_retry=self._on_retry)
+        self._producer.send(
+            [Outgoing(letter.key, letter.value, list(headers_of(letter))) for letter in letters]
+        )
         for letter in letters:
             metrics.DEAD_LETTERS.labels("settlement", letter.reason).inc()
-
-    def _send_once(self, letters: Sequence[DeadLetter]) -> None:
-        if self._producer is None:
-            self._producer = Producer(producer_settings(self._bootstrap))
-        failures: list[str] = []
-
-        def confirm(error: KafkaError | None, _message: Message) -> None:
-            if error is not None:
-                failures.append(error.str())
-
-        for letter in letters:
-            while True:
-                try:
-                    self._producer.produce(
-                        DEAD_LETTERS,
-                        key=letter.key,
-                        value=letter.value,
-                        headers=list(headers_of(letter)),
-                        on_delivery=confirm,
-                    )
-                    break
-                except BufferError:
-                    self._producer.poll(0.1)
-        unconfirmed = self._producer.flush(DELIVERY_TIMEOUT_MS / 1000 + 5)
-        if failures or unconfirmed:
-            # A producer whose broker came back as another one never delivers again: the next try has its own.
-            self._producer = None
-            raise NotDelivered(failures[0] if failures else f"{unconfirmed} dead letters not confirmed")
 
     def _with_bytes(self, displaced: Displaced) -> DeadLetter:
         message = retrying(lambda: self._fetch(displaced), heals=_heals, on_retry=self._on_retry)

@@ -1,7 +1,8 @@
-"""The outbox as a Bytewax source: the Redis stream `ledger`, read from its head at every start.
+"""The outbox as a Bytewax source: the Redis stream `ledger`.
 
-It keeps no place of its own: entries are trimmed only after their rows are stored, and an hour later, so what
-is read again at a start is a bounded repeat that the archive replaces.
+It keeps no place of its own. The ledger reads from the head at every start: entries are trimmed only after their
+rows are stored, and an hour later, so what is read again is a bounded repeat that the archive replaces. Another
+reader says itself where it goes on.
 
 Entries are numbered. A stream that goes back, or whose entry of a number is not the one that was stored, is of a
 Redis that lost its end: it is refused, and the whole of Redis with it.
@@ -32,14 +33,15 @@ class _OutboxPartition(StatefulSourcePartition[list[OutboxMessage], None]):
         self,
         client: redis.Redis,
         away: Callable[[Exception], bool],
-        continuity: Continuity,
+        continuity: Continuity | None,
         refuse: Callable[[str], NoReturn],
+        after: bytes,
     ) -> None:
         self._client = client
         self._away = away
         self._continuity = continuity
         self._refuse = refuse
-        self._last_id = b"0-0"
+        self._last_id = after
         self._pause = GATHER
 
     def next_batch(self) -> list[list[OutboxMessage]]:
@@ -61,6 +63,8 @@ class _OutboxPartition(StatefulSourcePartition[list[OutboxMessage], None]):
         return [entries]
 
     def _check(self, entries: list[OutboxMessage]) -> None:
+        if self._continuity is None:
+            return
         for entry in entries:
             try:
                 number, at_ms = int(entry.fields[b"entry"]), int(entry.fields[b"at"])
@@ -83,25 +87,28 @@ class OutboxSource(FixedPartitionedSource[list[OutboxMessage], None]):
     """One reader.
 
     `away(error)` says that Redis is away, and reading goes on when it is back. `continuity` knows what is stored;
-    `refuse` is called with what is wrong when the stream is of another history, and raises.
+    `refuse` is called with what is wrong when the stream is of another history, and raises. A reader without
+    `continuity` looks at nothing but what is there. `after()` is the id of the last entry that is not wanted.
     """
 
     def __init__(
         self,
         client: redis.Redis,
         away: Callable[[Exception], bool],
-        continuity: Continuity,
+        continuity: Continuity | None,
         refuse: Callable[[str], NoReturn],
+        after: Callable[[], bytes] = lambda: b"0-0",
     ) -> None:
         self._client = client
         self._away = away
         self._continuity = continuity
         self._refuse = refuse
+        self._after = after
 
     def list_parts(self) -> list[str]:
         """The stream."""
         return [LEDGER_STREAM]
 
     def build_part(self, step_id: str, for_part: str, resume_state: None) -> _OutboxPartition:
-        """A reader at the head."""
-        return _OutboxPartition(self._client, self._away, self._continuity, self._refuse)
+        """A reader at its place."""
+        return _OutboxPartition(self._client, self._away, self._continuity, self._refuse, self._after())

@@ -22,7 +22,9 @@ LABELS = {
     "type": "`usage` or `lifecycle`",
     "reason": "why a message was refused, a word of `schemas.rejections.RejectReason`",
     "answer": "what the script said to a cell: `POSTED`, `OLDER`, `FROZEN` or `OVER_LIMIT`",
-    "outcome": "what became of a money command: `APPLIED`, `REPLAYED`, `CONFLICT` or `OVER_LIMIT`",
+    "outcome": "what became of a money command: `APPLIED`, `REPLAYED`, `ARCHIVED`, "
+    "`CONFLICT`, `OVER_LIMIT` or `INSUFFICIENT`",
+    "threshold": "what a balance fell past: `low`, `zero` or `floor`",
     "comparison": "which two stores were compared, as in the report of `metering reconcile`",
     "result": "of a resettle `complete`, `superseded`, `failed`; of a reconciliation its status, or `failed`",
     "table": "the table in ClickHouse",

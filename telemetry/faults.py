@@ -18,6 +18,8 @@ AFTER_CLICKHOUSE_INSERT = "after_clickhouse_insert"
 """ledger: rows are in ClickHouse, the outbox is not trimmed and its position not noted."""
 AFTER_USAGE_INSERT = "after_usage_insert"
 """usage_store: rows are in ClickHouse, neither their position nor a snapshot is."""
+AFTER_ALERTS_SENT = "after_alerts_sent"
+"""alerts: alerts are in Kafka, how far they are is not noted."""
 DURING_MIGRATION = "during_migration"
 """migrate: a migration's effect is there, its record is not."""
 RESETTLE_TOKEN_TAKEN = "resettle_token_taken"
@@ -37,6 +39,7 @@ POINTS = (
     AFTER_REDIS_SCRIPT,
     AFTER_CLICKHOUSE_INSERT,
     AFTER_USAGE_INSERT,
+    AFTER_ALERTS_SENT,
     DURING_MIGRATION,
     RESETTLE_TOKEN_TAKEN,
     RESETTLE_READ,

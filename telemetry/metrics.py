@@ -14,6 +14,7 @@ DUPLICATES = Counter("metering_duplicates", "Repeats of an event that counts, dr
 LATE = Counter("metering_late_events", "Events that arrived for a frozen window", ["flow"])
 DEAD_LETTERS = Counter("metering_dead_letters", "Messages refused, by reason", ["flow", "reason"])
 POSTINGS = Counter("metering_postings", "Cells posted to the balances, by the script's answer", ["answer"])
+ALERTS = Counter("metering_alerts", "Balances that fell past a threshold, sent to Kafka", ["threshold"])
 COMMANDS = Counter("metering_commands", "Money commands carried out, by outcome", ["outcome"])
 LEDGER_LINES = Counter("metering_ledger_lines", "Ledger lines stored in ClickHouse")
 STORED_ROWS = Counter("metering_stored_rows", "Rows stored in ClickHouse, by table", ["table"])

@@ -14,6 +14,11 @@ if call('XLEN', 'ledger') <= tonumber(ARGV[5]) / 2 then
   if expired < tonumber(string.match(ARGV[3], '^%d+')) then
     keep_from = format('%.0f-0', expired)
   end
+  -- Alerts are read from the same stream. They hold the trimming up to that half and no further: money goes first.
+  local alerted = call('GET', 'alerts_sent')
+  if alerted and tonumber(string.match(alerted, '^%d+')) < tonumber(string.match(keep_from, '^%d+')) then
+    keep_from = alerted
+  end
 end
 -- MINID keeps the entry of that very id: the last one stored stays, which costs nothing.
 call('XTRIM', 'ledger', 'MINID', keep_from)

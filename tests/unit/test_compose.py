@@ -162,7 +162,9 @@ def test_a_flow_is_started_as_metering_up_does(tmp_path: Path) -> None:
 
 def test_a_flow_that_is_none_is_refused(tmp_path: Path) -> None:
     """A wrong name is one line that names the right ones, and leaves nothing behind."""
-    with pytest.raises(CommandError, match="no flow 'bill': choose settlement, usage_store, ledger, audit"):
+    with pytest.raises(
+        CommandError, match="no flow 'bill': choose settlement, usage_store, ledger, audit, alerts"
+    ):
         flow_command("bill", Settings(state_dir=tmp_path))
     assert not list(tmp_path.iterdir())
 

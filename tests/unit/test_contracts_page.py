@@ -7,6 +7,7 @@ from pathlib import Path
 
 from app.cli import app
 from schemas import redis_keys, topics
+from schemas.alerts import ALERT_MODELS
 from schemas.cloudevents import EVENT_MODELS
 from schemas.commands import COMMAND_MODELS
 from schemas.rejections import RejectReason
@@ -27,13 +28,18 @@ def first_cells(text: str) -> set[str]:
 
 def test_topics() -> None:
     """Every topic."""
-    assert first_cells(section("Kafka")) == {topics.EVENTS, topics.COMMANDS, topics.DEAD_LETTERS}
+    assert first_cells(section("Kafka")) == {
+        topics.EVENTS,
+        topics.COMMANDS,
+        topics.DEAD_LETTERS,
+        topics.ALERTS,
+    }
 
 
 def test_types_and_reasons() -> None:
     """Every event and command type with its schema, and every reason of a dead letter."""
     text = section("Events and commands")
-    types = {*EVENT_MODELS, *COMMAND_MODELS}
+    types = {*EVENT_MODELS, *COMMAND_MODELS, *ALERT_MODELS}
     assert first_cells(text) == types | {reason.value for reason in RejectReason}
     for name in types:
         assert f"(../schemas/exported/{name}.json)" in text

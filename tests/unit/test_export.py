@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from schemas.alerts import ALERT_MODELS
 from schemas.cloudevents import EVENT_MODELS
 from schemas.commands import COMMAND_MODELS
 from schemas.export import EXPORTED, ROOT, documents
 from schemas.rejections import RejectReason
 from schemas.settings import Settings
-from schemas.topics import COMMANDS, DEAD_LETTERS, EVENTS
+from schemas.topics import ALERTS, COMMANDS, DEAD_LETTERS, EVENTS
 
 DATA: dict[str, dict[str, Any]] = {
     "lingua.usage.utterance.v1": {
@@ -95,7 +96,7 @@ def test_json_schema_of_a_rate_card() -> None:
 
 
 def test_asyncapi_names_every_topic_message_and_reason() -> None:
-    """Three topics; every reference leads somewhere; the dead letters' headers list every reason."""
+    """Every topic; every reference leads somewhere; the dead letters' headers list every reason."""
     document = exported("asyncapi.json")
     assert document["asyncapi"] == "3.0.0"
     addresses = {channel["address"]: set(channel["messages"]) for channel in document["channels"].values()}
@@ -103,6 +104,7 @@ def test_asyncapi_names_every_topic_message_and_reason() -> None:
         EVENTS: set(EVENT_MODELS),
         COMMANDS: set(COMMAND_MODELS),
         DEAD_LETTERS: {"dead_letter"},
+        ALERTS: set(ALERT_MODELS),
     }
     for reference in references(document):
         target = document
