@@ -13,6 +13,7 @@ from pathlib import Path
 import redis
 
 from app.errors import CommandError
+from metering.ports import NOTHING_SEEN, SeenEntry
 from schemas import redis_keys
 from schemas.rate_card import RateCard, RateVersion
 from schemas.rfc3339 import format_rfc3339_ms
@@ -66,29 +67,30 @@ def expected_epoch(settings: Settings, client: redis.Redis) -> int:
     return epoch
 
 
-def seen_entry(settings: Settings, client: redis.Redis, epoch: int) -> int:
-    """The last outbox entry that this state directory knows of; 0 when it knows none of this epoch.
+def seen_entry(settings: Settings, client: redis.Redis, epoch: int) -> SeenEntry:
+    """The last outbox entry that this state directory knows of; number 0 when it knows none of this epoch.
 
     Raises BooksDiffer when Redis has fewer: it came back without its end.
     """
     file = settings.state_dir / ENTRY_FILE
     if not file.exists():
-        return 0
-    known_epoch, number = map(int, file.read_text(encoding="ascii").split())
-    if known_epoch != epoch:
-        return 0
+        return NOTHING_SEEN
+    known_epoch, known, *name = file.read_text(encoding="ascii").split()
+    number = int(known)
+    if int(known_epoch) != epoch:
+        return NOTHING_SEEN
     entries = int(client.get(redis_keys.ENTRIES) or 0)
     if entries < number:
         raise BooksDiffer(
             f"Redis has {entries} outbox entries, {file} knows {number}: it came back without its end. "
             "Run `metering rebuild-balances`"
         )
-    return number
+    return SeenEntry(number, *name)
 
 
-def remember_entry(settings: Settings, epoch: int, number: int) -> None:
+def remember_entry(settings: Settings, epoch: int, seen: SeenEntry) -> None:
     """Keep what a running flow has seen, for the next one."""
-    write_whole(settings.state_dir / ENTRY_FILE, f"{epoch} {number}\n")
+    write_whole(settings.state_dir / ENTRY_FILE, f"{epoch} {seen.number} {seen.name}\n")
 
 
 def remembered_epoch(settings: Settings) -> int:

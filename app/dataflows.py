@@ -115,6 +115,7 @@ def _settlement(settings: Settings) -> Dataflow:
     revision_base = check_log(client, EVENTS, log)
 
     def each_turn() -> None:
+        book.expire_grants()
         book.compact_requests(settings.request_retention_s * 1000)
         remember_entry(settings, epoch, book.seen_entry)
 

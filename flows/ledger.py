@@ -55,6 +55,7 @@ class _JournalPartition(StatelessSinkPartition[list[OutboxMessage]]):
         fence_moves = [move for entry in entries for move in entry.fence_moves]
         requests = [request for entry in entries for request in entry.requests]
         floors = [floor for entry in entries for floor in entry.floors]
+        grants = [grant for entry in entries for grant in entry.grants]
         if lines:
             self._journal.insert_lines(lines)
         if settlements:
@@ -65,6 +66,8 @@ class _JournalPartition(StatelessSinkPartition[list[OutboxMessage]]):
             self._journal.insert_requests(requests)
         if floors:
             self._journal.insert_floors(floors)
+        if grants:
+            self._journal.insert_grants(grants)
         if entries:
             last_entry = entries[-1]
             self._journal.insert_position(

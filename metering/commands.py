@@ -42,8 +42,17 @@ class CommandResult(NamedTuple):
 
 def command_digest(command: Command) -> str:
     """Equal for two commands that say the same: everything but the envelope's id, source and time."""
-    body = [command.kind, command.account, command.amount_us, command.reason, command.actor]
-    return blake2b(json.dumps([*body, command.node_account]).encode(), digest_size=16).hexdigest()
+    body: list[str | int | None] = [
+        command.kind,
+        command.account,
+        command.amount_us,
+        command.reason,
+        command.actor,
+    ]
+    body.append(command.node_account)
+    if command.grant is not None:
+        body += command.grant
+    return blake2b(json.dumps(body).encode(), digest_size=16).hexdigest()
 
 
 def counter_account(command: Command) -> str:

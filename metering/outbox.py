@@ -1,8 +1,8 @@
 """The outbox: what one entry of the Redis stream `ledger` says, as records for ClickHouse.
 
 An entry is what one script call changed, all or nothing. Its fields: epoch, entry (its number), at (ms), and
-either lines with cells and endings, or lines with a command, or a fence, or a floor; and alerts, if the balances
-fell past a threshold.
+either lines with cells and endings, or lines with a command, or lines with expired grants, or a fence, or a floor;
+and alerts, if the balances fell past a threshold.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from typing import Any
 import msgspec
 
 from metering.cells import scope_ids
+from metering.commands import CommandOutcome
+from metering.grants import EXPIRED
 from schemas.records import (
     Alert,
     FenceMove,
     FloorRecord,
+    GrantRecord,
     LedgerLine,
     LedgerReason,
     RequestRecord,
@@ -73,6 +76,7 @@ class OutboxEntry:
     requests: list[RequestRecord] = field(default_factory=list)
     floors: list[FloorRecord] = field(default_factory=list)
     alerts: list[Alert] = field(default_factory=list)
+    grants: list[GrantRecord] = field(default_factory=list)
 
 
 def parse_entry(fields: Mapping[bytes, bytes]) -> OutboxEntry:
@@ -102,6 +106,16 @@ def parse_entry(fields: Mapping[bytes, bytes]) -> OutboxEntry:
             "note": request.note,
         }
         entry.lines.extend(_line(parts, entry, about) for parts in lines)
+        terms = _json.decode(fields.get(b"grant", b"null"))
+        if terms is not None and request.outcome == CommandOutcome.APPLIED:
+            entry.grants.append(_grant(request, *terms))
+        return entry
+    if b"expired" in fields:
+        expired: list[dict[str, Any]] = [
+            {"request_id": EXPIRED + grant_id, "note": "grant expired"}
+            for grant_id in _json.decode(fields[b"expired"])
+        ]
+        entry.lines.extend(_line(parts, entry, expired[parts[6]]) for parts in lines)
         return entry
     cells = [_about_cell(*parts) for parts in _json.decode(fields[b"cells"])]
     entry.lines.extend(_line(parts, entry, cells[parts[6]]) for parts in lines)
@@ -141,6 +155,21 @@ def _request(parts: list[Any], entry: OutboxEntry) -> RequestRecord:
     )
 
 
+def _grant(request: RequestRecord, priority: int, from_ms: int, expires_ms: int) -> GrantRecord:
+    return GrantRecord(
+        grant_id=request.request_id,
+        account=request.account,
+        priority=priority,
+        from_ms=from_ms,
+        expires_ms=expires_ms,
+        amount_us=request.amount_us,
+        note=request.note,
+        epoch=request.epoch,
+        entry=request.entry,
+        granted_at_ms=request.posted_at_ms,
+    )
+
+
 def _about_cell(cell_id: str, revision: int, rate_version: str) -> dict[str, Any]:
     scope = cell_id.rpartition("@")[0]
     session_id, room_id = scope_ids(scope)
@@ -167,6 +196,7 @@ def _line(parts: list[Any], entry: OutboxEntry, about: Mapping[str, Any]) -> Led
         epoch=entry.epoch,
         posted_at_ms=entry.at_ms,
         entry=entry.number,
+        grants=parts[7] if len(parts) > 7 else {},
         **{**_NOTHING, **about},
     )
 

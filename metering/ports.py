@@ -18,6 +18,17 @@ class WrongRedis(Exception):
     caller saw in it before. One clear line."""
 
 
+class SeenEntry(NamedTuple):
+    """An outbox entry that somebody has seen: a book that has fewer, or another one in its place, lost its end."""
+
+    number: int = 0
+    name: str = ""
+    """What tells it from another entry of the same number; empty when that is not known."""
+
+
+NOTHING_SEEN = SeenEntry()
+
+
 class ResettleTicket(NamedTuple):
     """What a resettle begins with. Everything was read in one step, after all older tokens became void."""
 
@@ -57,6 +68,9 @@ class BalanceBook(Protocol):
 
     def apply_command(self, command: Command) -> CommandResult:
         """Carry out a money command once."""
+
+    def expire_grants(self) -> int:
+        """Take back what is left of grants whose end the fence has passed; how many expired."""
 
     def compact_requests(self, retention_ms: int) -> int:
         """Replace results of commands that the ledger has, and that are older than this, by marks that the request

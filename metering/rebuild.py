@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from metering.cells import WINDOW_MS, window_start_ms
+from metering.grants import Grant
 from metering.ports import BalanceBook, Log
 from schemas.commands import Command
 from schemas.decode import FUTURE_TOLERANCE_MS
@@ -27,12 +28,14 @@ from schemas.records import RequestRecord
 
 
 class AccountState(NamedTuple):
-    """What the ledger knows about an account; `floor_us` is None where it is the default."""
+    """What the ledger knows about an account; `floor_us` is None where it is the default. Grants are those that
+    did not expire; what went beyond them is not known, and counts from zero again."""
 
     account: str
     balance_us: int
     seq: int
     floor_us: int | None
+    grants: tuple[Grant, ...] = ()
 
 
 class LedgerArchive(Protocol):

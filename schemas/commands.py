@@ -7,21 +7,31 @@ Amounts are service microseconds (`_us`, signed 64-bit; one balance minute is 60
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from schemas.cloudevents import ID_CHARACTERS, CloudEvent, Id, Name256, Wire
+from schemas.cloudevents import ID_CHARACTERS, CloudEvent, Id, Instant, Name256, Wire
 
 
 class CommandKind(StrEnum):
-    """What a money command does; the words are also the reasons of its ledger lines."""
+    """What a money command does; the words are also the reasons of its ledger lines, but for a grant's, which is an
+    adjustment."""
 
     TOP_UP = "top_up"
     ADJUSTMENT = "adjustment"
     WRITE_OFF = "write_off"
+    GRANT = "grant"
+
+
+class GrantTerms(NamedTuple):
+    """When a grant is spent, and until when; instants are milliseconds since the Unix epoch."""
+
+    priority: int
+    from_ms: int
+    expires_ms: int
 
 
 class Command(msgspec.Struct, frozen=True, gc=False):
@@ -41,6 +51,7 @@ class Command(msgspec.Struct, frozen=True, gc=False):
     source: str
     id: str
     time_ms: int
+    grant: GrantTerms | None = None
 
 
 MAX_AMOUNT_US = 4_000_000_000_000_000
@@ -49,6 +60,7 @@ MAX_AMOUNT_US = 4_000_000_000_000_000
 TOPPED_UP_TYPE = "lingua.account.topped_up.v1"
 ADJUSTED_TYPE = "lingua.account.adjusted.v1"
 WRITTEN_OFF_TYPE = "lingua.account.written_off.v1"
+GRANTED_TYPE = "lingua.account.granted.v1"
 
 Account = Annotated[str, Field(min_length=1, pattern=f"^(user|node)/{ID_CHARACTERS}$")]
 UserAccount = Annotated[str, Field(min_length=1, pattern=f"^user/{ID_CHARACTERS}$")]
@@ -103,6 +115,27 @@ class WriteOffData(Wire):
     node_account: NodeAccount = Field(description="node/<node_id>, the one whose credit pays")
 
 
+class GrantData(Wire):
+    """Minutes for a while, against `platform/adjustments`: spent before the rest of the balance, taken back
+    when they expire. The request id is the grant's name."""
+
+    account: UserAccount = Field(description="user/<user_id>")
+    amount_us: PositiveAmountUs = Field(description="service microseconds")
+    request_id: Id = Field(description="made by the client; one request is carried out once")
+    reason: Name256 = Field(description="the plan, the points: why, in the words of who gave it")
+    actor: Name256 = Field(description="who gave it")
+    priority: int = Field(strict=True, ge=0, le=1_000, description="the smallest is spent first")
+    effective_from: Instant = Field(description="the first windows that it pays for start then; RFC 3339")
+    expires_at: Instant = Field(description="the windows that it pays for start before; RFC 3339")
+
+
+class Granted(CloudEvent):
+    """A user was given minutes for a while."""
+
+    type: Literal["lingua.account.granted.v1"]
+    data: GrantData
+
+
 class ToppedUp(CloudEvent):
     """An account was topped up."""
 
@@ -124,11 +157,12 @@ class WrittenOff(CloudEvent):
     data: WriteOffData
 
 
-WireCommand = ToppedUp | Adjusted | WrittenOff
+WireCommand = ToppedUp | Adjusted | WrittenOff | Granted
 
 COMMAND_MODELS: dict[str, type[WireCommand]] = {
     TOPPED_UP_TYPE: ToppedUp,
     ADJUSTED_TYPE: Adjusted,
     WRITTEN_OFF_TYPE: WrittenOff,
+    GRANTED_TYPE: Granted,
 }
 """The model of each `type` that `lingua.commands` carries."""

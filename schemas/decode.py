@@ -42,10 +42,13 @@ from schemas.cloudevents import (
 from schemas.commands import (
     ADJUSTED_TYPE,
     COMMAND_MODELS,
+    GRANTED_TYPE,
     TOPPED_UP_TYPE,
     WRITTEN_OFF_TYPE,
     Command,
     CommandKind,
+    Granted,
+    GrantTerms,
     ToppedUp,
     WireCommand,
     WrittenOff,
@@ -85,6 +88,7 @@ _COMMAND_KINDS = {
     TOPPED_UP_TYPE: CommandKind.TOP_UP,
     ADJUSTED_TYPE: CommandKind.ADJUSTMENT,
     WRITTEN_OFF_TYPE: CommandKind.WRITE_OFF,
+    GRANTED_TYPE: CommandKind.GRANT,
 }
 
 
@@ -117,7 +121,20 @@ def decode_command(value: bytes | None) -> Command:
         source=model.source,
         id=model.id,
         time_ms=parse_rfc3339_ms(model.time),
+        grant=_grant_terms(model),
     )
+
+
+def _grant_terms(model: WireCommand) -> GrantTerms | None:
+    if not isinstance(model, Granted):
+        return None
+    data = model.data
+    from_ms, expires_ms = parse_rfc3339_ms(data.effective_from), parse_rfc3339_ms(data.expires_at)
+    if expires_ms <= from_ms:
+        raise Rejected(
+            RejectReason.OUT_OF_RANGE, f"data.expires_at: {data.expires_at} is not after effective_from"
+        )
+    return GrantTerms(data.priority, from_ms, expires_ms)
 
 
 def _paying_node(model: WireCommand) -> str | None:

@@ -14,6 +14,7 @@ from schemas.records import (
     DeadLetter,
     FenceMove,
     FloorRecord,
+    GrantRecord,
     LedgerLine,
     OutboxPosition,
     RequestRecord,
@@ -69,6 +70,9 @@ class Journal(Protocol):
 
     def insert_floors(self, floors: Sequence[FloorRecord]) -> None:
         """Store floors; of an account's the last entry counts."""
+
+    def insert_grants(self, grants: Sequence[GrantRecord]) -> None:
+        """Store grants; of a grant id's the last epoch counts."""
 
     def insert_position(self, position: OutboxPosition) -> None:
         """Say how far the journal is; only after every row of the entries before was stored."""

@@ -58,6 +58,9 @@ class LedgerLine(_Record):
     note: str = Field(default="", description="the money command's own words on why")
     posted_at_ms: int = Field(description="Redis' clock when the script ran")
     entry: int = Field(default=0, ge=0, description="number of the outbox entry that brought it")
+    grants: dict[str, int] = Field(
+        default_factory=dict, description="by how much (us) it changed what is left of grants, by their ids"
+    )
 
 
 class SettlementRecord(_Record):
@@ -90,7 +93,7 @@ class RequestRecord(_Record):
 
     request_id: str
     digest: str = Field(description="of the command's body: another body under the same id is a conflict")
-    kind: str = Field(description="top_up, adjustment, write_off")
+    kind: str = Field(description="top_up, adjustment, write_off, grant")
     account: str
     amount_us: int = Field(description="what was moved; 0 when nothing was")
     balance_us: int = Field(description="of the account, afterwards")
@@ -134,6 +137,22 @@ class Alert(_Record):
     epoch: int = Field(ge=1)
     entry: int = Field(ge=0, description="number of the outbox entry that brought it")
     at_ms: int = Field(description="Redis' clock, milliseconds since the Unix epoch")
+
+
+class GrantRecord(_Record):
+    """Minutes that were given for a while. What is left of them is the sum of what ledger lines say of the
+    grant."""
+
+    grant_id: str = Field(description="request id of the command that gave them")
+    account: str
+    priority: int
+    from_ms: int
+    expires_ms: int
+    amount_us: int
+    note: str = Field(description="the plan, or whatever else was said on why")
+    epoch: int = Field(ge=1)
+    entry: int = Field(ge=0)
+    granted_at_ms: int
 
 
 class OutboxPosition(_Record):

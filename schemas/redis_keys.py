@@ -18,6 +18,10 @@ ENTRIES = "entries"
 """String, an integer: the number of the last outbox entry. It only grows, across epochs too: a Redis that has
 less than somebody saw before has lost its end, and scripts refuse it."""
 
+LAST_ENTRY = "last_entry"
+"""String: the id of the last outbox entry in the stream. Where another one stands than somebody saw, the end was
+lost too."""
+
 LEDGER_STORED = "ledger_stored"
 """String, an integer: the number of the last outbox entry whose rows are in ClickHouse."""
 
@@ -49,6 +53,9 @@ REQUESTS = "requests"
 REQUEST_MARK_PREFIX = "requests:"
 """`requests:<4 hex digits>` is a hash: digest of a request id -> digest of its command's body, for requests so old
 that only the ledger has their result. A request id is spent for ever."""
+
+GRANTS = "grants"
+"""Sorted set of `<account>|<grant id>` by when the grant expires (ms): grants that the fence has not passed."""
 
 RATE_VERSIONS = "rate_versions"
 """Hash: effective_from (ms) -> the rates in force from then on, so that no version is ever edited."""

@@ -15,7 +15,7 @@ from flows.usage_store import Row, StoreSink
 from metering.commands import CommandResult
 from metering.facts import Correction
 from metering.live import Answer, CellPosting, LiveScope, Located, Outcome
-from metering.ports import CorrectionAnswer, ResettleTicket
+from metering.ports import NOTHING_SEEN, CorrectionAnswer, ResettleTicket, SeenEntry
 from metering.resettle import Resettled, Step, resettle
 from schemas.commands import Command
 from schemas.messages import OutboxMessage
@@ -47,14 +47,14 @@ class _LeavesThePayerWhoLeftTheSplit(MemoryBalances):
 class _KnowsNoEpoch(MemoryBalances):
     """Whoever finds none takes Redis for a new one."""
 
-    def _check(self, seen_entry: int | None = None) -> None:
+    def _check(self, seen_entry: SeenEntry | None = None) -> None:
         if self.redis.epoch is None and self.redis.rebuilding is None:
             self.redis.epoch = self.expected_epoch
 
 
 class _SeesNoLostEntries(MemoryBalances):
-    def _check(self, seen_entry: int | None = None) -> None:
-        super()._check(0)
+    def _check(self, seen_entry: SeenEntry | None = None) -> None:
+        super()._check(NOTHING_SEEN)
 
 
 class _IgnoresTheFence(MemoryBalances):

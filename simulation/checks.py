@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping
 
 from metering.cells import cell_id, window_start_ms
 from metering.commands import CommandOutcome, CommandResult, command_digest
+from metering.grants import EXPIRED, Grant
 from metering.identity import body_digest
 from metering.pricing import cost_us
 from metering.settle import Settling
@@ -109,7 +110,7 @@ def check_commands(world: World) -> None:
     """Every valid command was carried out once, as the first of its request id says."""
     moved: defaultdict[str, Vector] = defaultdict(dict)
     for line in world.journal.counted_lines():
-        if line.request_id:
+        if line.request_id and not line.request_id.startswith(EXPIRED):
             amounts = moved[line.request_id]
             amounts[line.account] = amounts.get(line.account, 0) + line.change_us
             if len(amounts) > 2:
@@ -139,6 +140,31 @@ def check_commands(world: World) -> None:
             raise Violation(f"{request_id} moved {result.amount_us} of {wanted}")
         if moved[request_id].get(command.account, 0) != result.amount_us:
             raise Violation(f"{request_id}: lines move {moved[request_id]}, the result is {result.amount_us}")
+
+
+def check_grants(world: World) -> None:
+    """What Redis says is left of each grant is what the ledger's lines say of it."""
+    expected = world.archive.grants_left()
+    for name, account in world.redis.accounts.items():
+        found = account.grants.grants if account.grants else []
+        # One of which nothing was left expires without a line.
+        stored = [grant for grant in expected.get(name, []) if grant.left_us or grant in found]
+        if sorted(found, key=_grant_order) != sorted(stored, key=_grant_order):
+            raise Violation(f"{name}: Redis has grants {found}, the ledger {expected.get(name)}")
+        gone = [line.request_id for line in world.journal.counted_lines() if line.account == name]
+        if len(set(filter(_is_expiry, gone))) < len(list(filter(_is_expiry, gone))):
+            raise Violation(f"{name}: a grant expired twice")
+        for grant in found:
+            if not 0 <= grant.left_us <= grant.amount_us:
+                raise Violation(f"{name}: of {grant} something is left that never was")
+
+
+def _is_expiry(request_id: str) -> bool:
+    return request_id.startswith(EXPIRED)
+
+
+def _grant_order(grant: Grant) -> tuple[int, int, str]:
+    return grant.order
 
 
 def _bodies(world: World) -> dict[tuple[str, str, str], list[Event]]:

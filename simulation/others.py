@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 from flows.usage_store import rows
 from metering.outbox import Continuity, OutboxEntry
-from metering.ports import WrongRedis
+from metering.ports import NOTHING_SEEN, SeenEntry, WrongRedis
 from metering.rebuild import Rebuilt, rebuild
 from metering.resettle import Resettled
 from metering.resettle import Step as ResettleStep
@@ -31,7 +31,7 @@ class Ledger:
         if redis.epoch is None or redis.epoch < world.remembered_epoch:
             raise WrongRedis(f"epoch {redis.epoch}, remembered {world.remembered_epoch}")
         number, at_ms = world.archive.last_entry()
-        self._book = WiredBook(world, redis.epoch, 0, "ledger")
+        self._book = WiredBook(world, redis.epoch, NOTHING_SEEN, "ledger")
         if world.parts.ledger_notes_what_it_finds:
             self._book.note_stored(number)
         self._book.check_reached(number)
@@ -113,7 +113,9 @@ class Run:
         if redis.epoch is None:
             raise WrongRedis("no epoch")
         known_epoch, seen_entry = world.remembered_entry
-        self.book = WiredBook(world, redis.epoch, seen_entry if known_epoch == redis.epoch else 0, name)
+        self.book = WiredBook(
+            world, redis.epoch, seen_entry if known_epoch == redis.epoch else NOTHING_SEEN, name
+        )
         self.abandoned = False
         self.name = name
         self._steps: Generator[ResettleStep, None, Resettled] = world.parts.resettle(
@@ -148,7 +150,7 @@ class Rebuilding:
             WiredEmptyBook(world),
             world.archive,
             LogEnds(world),
-            lambda epoch, seen_entry: WiredBook(world, epoch, seen_entry, "rebuild"),
+            lambda epoch, seen_entry: WiredBook(world, epoch, SeenEntry(seen_entry), "rebuild"),
             world.valid_commands,
             remembered_epoch=world.remembered_epoch,
             now_ms=lambda: world.now_ms,

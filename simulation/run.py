@@ -145,7 +145,7 @@ class Simulation:
             self._rebuild is not None
             or epoch is None
             or epoch < world.remembered_epoch
-            or (epoch == known_epoch and world.redis.entries < known_entry)
+            or (epoch == known_epoch and world.redis.entries < known_entry.number)
         )
 
     # Processes ----------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ class Simulation:
         windows = [start for start, _ in redis.cells.values()]
         windows += [row.window_start_ms for row in world.usage_store.stored_usage()]
         if windows:
-            book = world.parts.book(redis.epoch, world.book_now_ms, redis, 0)
+            book = world.parts.book(redis.epoch, world.book_now_ms, redis)
             world.now_ms += 1
             book.raise_fence(max(windows) + WINDOW_MS)
             world.highest_fence_ms = max(world.highest_fence_ms, redis.fence_ms)
@@ -397,6 +397,7 @@ class Simulation:
         self._settle_down()
         posted = checks.check_ledger(world)
         checks.check_commands(world)
+        checks.check_grants(world)
         pure = checks.pure_cells(world)
         if not self._lost_since:
             touched = {located.event.scope for _, _, located in world.occurrences[self._quiet_since :]}

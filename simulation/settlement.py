@@ -23,7 +23,7 @@ from flows.settlement import (
 )
 from metering.cells import WINDOW_MS, window_start_ms
 from metering.live import LiveScope, Located
-from metering.ports import WrongRedis
+from metering.ports import NOTHING_SEEN, WrongRedis
 from schemas.decode import FUTURE_TOLERANCE_MS
 from schemas.messages import RawMessage
 from simulation.world import Recovery, WiredBook, World
@@ -54,9 +54,9 @@ class Settlement:
             raise WrongRedis(f"epoch {redis.epoch}, remembered {world.remembered_epoch}")
         known_epoch, seen_entry = world.remembered_entry
         if known_epoch != redis.epoch:
-            seen_entry = 0
-        if redis.entries < seen_entry:
-            raise WrongRedis(f"{redis.entries} entries, remembered {seen_entry}")
+            seen_entry = NOTHING_SEEN
+        if redis.entries < seen_entry.number:
+            raise WrongRedis(f"{redis.entries} entries, remembered {seen_entry.number}")
         world.remembered_epoch = self.epoch = redis.epoch
         self._check_log()
         self._rules = world.rules()
@@ -228,6 +228,7 @@ class Settlement:
             self.post(worker, chance.choice([1, 3, 50]))
         elif roll < 0.90:
             worker.desk.book.compact_requests(chance.choice([0, 60_000]))
+            worker.desk.book.expire_grants()
         else:
             self.commit()
 

@@ -179,7 +179,7 @@ class Tellers:
         else:
             request = f"q-{self._number}"
             self._number += 1
-        what = chance.choice(["topped_up", "adjusted", "written_off"])
+        what = chance.choice(["topped_up", "adjusted", "written_off", "granted"])
         user = f"user/u-{chance.randrange(self._users)}"
         data: dict[str, object] = {
             "account": user,
@@ -195,6 +195,11 @@ class Tellers:
             data["node_account"] = node
         if what == "topped_up" and chance.random() < 0.3:
             data["paid_by"] = node
+        if what == "granted":
+            from_ms = now_ms + chance.randint(-10, 10) * MINUTE_MS
+            data["priority"] = chance.randrange(3)
+            data["effective_from"] = format_rfc3339_ms(from_ms)
+            data["expires_at"] = format_rfc3339_ms(from_ms + chance.choice([1, 10, 60]) * MINUTE_MS)
         value = _envelope(f"lingua.account.{what}.v1", f"c-{request}", now_ms - 1, data)
         self._sent.append(value)
         return value

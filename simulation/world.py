@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass, field, fields
+from copy import copy, deepcopy
+from dataclasses import dataclass, field, fields, replace
 from random import Random
 from typing import TypeVar
 
@@ -16,7 +16,7 @@ from flows.settlement import SettlementRules
 from metering.commands import CommandResult
 from metering.facts import Correction
 from metering.live import Answer, Emission, Located
-from metering.ports import CorrectionAnswer, ResettleTicket, WrongRedis
+from metering.ports import NOTHING_SEEN, CorrectionAnswer, ResettleTicket, SeenEntry, WrongRedis
 from metering.rebuild import AccountState
 from schemas.commands import Command
 from schemas.decode import check_append_time, decode_command
@@ -26,6 +26,7 @@ from schemas.records import (
     DeadLetter,
     FenceMove,
     FloorRecord,
+    GrantRecord,
     LedgerLine,
     OutboxPosition,
     RequestRecord,
@@ -176,7 +177,7 @@ class World:
         self.forgotten: set[str] = set()
         """Scopes that the flow has forgotten at some time."""
         self.remembered_epoch = 1
-        self.remembered_entry = (1, 0)
+        self.remembered_entry = (1, NOTHING_SEEN)
         self.highest_fence_ms = 0
         self.occurrences: list[tuple[int, int, Located]] = []
         """Every accepted event with its position, of whichever log."""
@@ -297,7 +298,10 @@ class World:
     def copy_redis(self) -> MemoryRedis:
         """As it is now; entries and results are never changed."""
         found = copy(self.redis)
-        found.accounts = {name: copy(account) for name, account in self.redis.accounts.items()}
+        found.accounts = {
+            name: replace(account, grants=deepcopy(account.grants))
+            for name, account in self.redis.accounts.items()
+        }
         found.outbox = list(self.redis.outbox)
         found.cells = dict(self.redis.cells)
         found.requests = dict(self.redis.requests)
@@ -314,7 +318,7 @@ class World:
 class WiredBook:
     """`metering.ports.BalanceBook` over a wire that fails. One for each process; what it has seen dies with it."""
 
-    def __init__(self, world: World, epoch: int, seen_entry: int, name: str) -> None:
+    def __init__(self, world: World, epoch: int, seen_entry: SeenEntry, name: str) -> None:
         self.world = world
         self.book = world.parts.book(epoch, world.book_now_ms, world.redis, seen_entry)
         self._name = name
@@ -360,6 +364,9 @@ class WiredBook:
         self.world.say(f"{command.request_id}: {result}")
         return result
 
+    def expire_grants(self) -> int:
+        return self._call("expire", self.book.expire_grants)
+
     def compact_requests(self, retention_ms: int) -> int:
         return self._call("compact", lambda: self.book.compact_requests(retention_ms))
 
@@ -375,7 +382,7 @@ class WiredBook:
         return self.book.known_fence_ms
 
     @property
-    def seen_entry(self) -> int:
+    def seen_entry(self) -> SeenEntry:
         return self.book.seen_entry
 
     def begin_resettle(self) -> ResettleTicket:
@@ -396,7 +403,7 @@ class WiredBook:
 
     def check_reached(self, number: int) -> None:
         """Refuses a book that never had this entry; notes nothing."""
-        self._call("check reached", lambda: self.book._check(number))
+        self._call("check reached", lambda: self.book._check(SeenEntry(number)))
 
 
 class WiredOutbox:
@@ -446,6 +453,9 @@ class WiredJournal:
 
     def insert_floors(self, floors: Sequence[FloorRecord]) -> None:
         self._insert("ledger: insert floors", floors, self._world.journal.insert_floors)
+
+    def insert_grants(self, grants: Sequence[GrantRecord]) -> None:
+        self._world.call("ledger: grants", lambda: self._world.journal.insert_grants(grants))
 
     def insert_position(self, position: OutboxPosition) -> None:
         world = self._world

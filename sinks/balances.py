@@ -23,7 +23,7 @@ from metering.commands import CommandOutcome, CommandResult, command_digest, cou
 from metering.facts import Correction
 from metering.live import Answer, CellPosting, Emission, Ending
 from metering.money import MAX_AMOUNT_US
-from metering.ports import CorrectionAnswer, ResettleTicket, WrongRedis
+from metering.ports import NOTHING_SEEN, CorrectionAnswer, ResettleTicket, SeenEntry, WrongRedis
 from schemas import redis_keys
 from schemas.commands import Command
 from sinks.retrying import never_stop, retrying
@@ -34,6 +34,7 @@ MAX_POSTINGS_PER_CALL = 2_000
 
 EVICTIONS_PER_CALL = 1_000
 COMPACTIONS_PER_CALL = 1_000
+EXPIRIES_PER_CALL = 500
 
 
 def heals(error: Exception) -> bool:
@@ -59,7 +60,7 @@ class RedisBalances:
         epoch: int,
         outbox_max_entries: int,
         *,
-        seen_entry: int = 0,
+        seen_entry: SeenEntry = NOTHING_SEEN,
         on_retry: Callable[[Exception], None] = ignore_retry,
         stop: Callable[[], bool] = never_stop,
     ) -> None:
@@ -74,6 +75,7 @@ class RedisBalances:
         self._post_corrections = load_script(client, "post_corrections")
         self._end_resettle = load_script(client, "end_resettle")
         self._compact_requests = load_script(client, "compact_requests")
+        self._expire_grants = load_script(client, "expire_grants")
         self._known_fence = 0
         self._seen_entry = seen_entry
         self._on_retry = on_retry
@@ -126,10 +128,22 @@ class RedisBalances:
                 counter_account(command),
                 str(command.amount_us),
                 ",".join(json.dumps(text) for text in (command.request_id, command.actor, command.reason)),
+                *map(str, command.grant or ()),
             ],
         )
         self._see(last_entry)
         return CommandResult(CommandOutcome(outcome.decode()), int(amount_us), int(balance_us))
+
+    def expire_grants(self) -> int:
+        expired, some = 0, EXPIRIES_PER_CALL
+        while some == EXPIRIES_PER_CALL:
+            last_entry, said = self._run(
+                self._expire_grants, [self._outbox_max_entries, str(EXPIRIES_PER_CALL)]
+            )
+            self._see(last_entry)
+            some = int(said)
+            expired += some
+        return expired
 
     def compact_requests(self, retention_ms: int) -> int:
         replaced, some = 0, COMPACTIONS_PER_CALL
@@ -157,11 +171,12 @@ class RedisBalances:
         return self._known_fence
 
     def begin_resettle(self) -> ResettleTicket:
-        reply = self._run(self._begin_resettle, [])
-        last_entry, token, fence, at_ms, done_fence, done_appended = map(int, reply)
-        self._see(reply[0])
+        last_entry, *reply = self._run(self._begin_resettle, [])
+        token, fence, at_ms, done_fence, done_appended = map(int, reply)
+        self._see(last_entry)
         self._known_fence = max(self._known_fence, fence)
-        return ResettleTicket(token, fence, last_entry, at_ms, done_fence, done_appended)
+        entries = int(last_entry.partition(b"@")[0])
+        return ResettleTicket(token, fence, entries, at_ms, done_fence, done_appended)
 
     def post_corrections(self, token: int, step: int, corrections: Sequence[Correction]) -> CorrectionAnswer:
         arguments = [self._outbox_max_entries, str(token), str(step), str(len(corrections))]
@@ -191,12 +206,13 @@ class RedisBalances:
         return int(stored or 0)
 
     @property
-    def seen_entry(self) -> int:
-        """The number of the last outbox entry that this book has seen; costs no round trip."""
+    def seen_entry(self) -> SeenEntry:
+        """The last outbox entry that this book has seen; costs no round trip."""
         return self._seen_entry
 
     def _see(self, last_entry: bytes) -> None:
-        self._seen_entry = max(self._seen_entry, int(last_entry))
+        number, _, name = last_entry.decode().partition("@")
+        self._seen_entry = max(self._seen_entry, SeenEntry(int(number), name))
 
     def fence(self) -> int:
         """Where the fence stands now (ms)."""
@@ -214,7 +230,8 @@ class RedisBalances:
     def _run(self, script: Script, arguments: list[str]) -> list[bytes]:
         def call() -> list[bytes]:
             # Built at each attempt: another thread may have seen more meanwhile.
-            reply = script(args=[self._epoch, str(self._seen_entry), *arguments])
+            seen = self._seen_entry
+            reply = script(args=[self._epoch, f"{seen.number}@{seen.name}", *arguments])
             if reply == b"FULL":
                 raise OutboxFull(f"the outbox holds {self._outbox_max_entries} entries")
             return reply  # type: ignore[no-any-return]

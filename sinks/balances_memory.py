@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 from metering.commands import CommandOutcome, CommandResult, command_digest, counter_account
 from metering.facts import Correction
+from metering.grants import MAX_GRANTS, Grant, Grants
 from metering.live import Answer, CellPosting, Emission
-from metering.money import MAX_AMOUNT_US, REVENUE
+from metering.money import ADJUSTMENTS, MAX_AMOUNT_US, REVENUE
 from metering.outbox import OutboxEntry, parse_entry
-from metering.ports import CorrectionAnswer, ResettleTicket, WrongRedis
+from metering.ports import NOTHING_SEEN, CorrectionAnswer, ResettleTicket, SeenEntry, WrongRedis
 from schemas.commands import Command, CommandKind
 from schemas.records import Threshold
 from schemas.redis_keys import DEFAULT_FLOOR_US, LOW_US
@@ -32,6 +33,7 @@ class Account:
     balance_us: int = 0
     seq: int = 0
     floor_us: int = DEFAULT_FLOOR_US
+    grants: Grants | None = None
 
 
 @dataclass
@@ -49,6 +51,8 @@ class MemoryRedis:
     accounts: dict[str, Account] = field(default_factory=dict)
     outbox: list[OutboxEntry] = field(default_factory=list)
     entries: int = 0
+    last_name: str = ""
+    """When the last entry was written (ms), which tells it from another of its number; as text."""
     ledger_stored: int = 0
     fence_ms: int = 0
     cells: dict[str, tuple[int, _Record]] = field(default_factory=dict)
@@ -71,7 +75,7 @@ class MemoryBalances:
         epoch: int = 1,
         now_ms: Callable[[], int] = lambda: 0,
         redis: MemoryRedis | None = None,
-        seen_entry: int = 0,
+        seen_entry: SeenEntry = NOTHING_SEEN,
     ) -> None:
         self.redis = MemoryRedis(epoch) if redis is None else redis
         self.expected_epoch = epoch
@@ -131,7 +135,8 @@ class MemoryBalances:
             for account in [*named, *gone]
             if (change := cell.amounts.get(account, 0) - known.amounts.get(account, 0))
         }
-        moved = self._move_all(changes, len(cells), lambda name: _REASONS[name[0]])
+        start_ms = cell.window_start_ms
+        moved = self._move_all(changes, len(cells), lambda name: _REASONS[name[0]], start_ms)
         if moved is None:
             return Answer.OVER_LIMIT
         lines += moved
@@ -166,21 +171,62 @@ class MemoryBalances:
             amount_us, outcome = 0, CommandOutcome.OVER_LIMIT
         elif command.kind is CommandKind.TOP_UP and command.node_account and other.balance_us < amount_us:
             amount_us, outcome = 0, CommandOutcome.INSUFFICIENT
-        lines = []
+        elif command.grant and account.grants and len(account.grants.grants) >= MAX_GRANTS:
+            amount_us, outcome = 0, CommandOutcome.OVER_LIMIT
+        lines: list[list[object]] = []
         if amount_us:
+            reason = "adjustment" if command.grant else command.kind.value
             lines = [
-                [*self._move(name, amount_us), command.kind.value, 0],
-                [*self._move(counter, -amount_us), command.kind.value, 0],
+                [*self._move(name, amount_us), reason, 0],
+                [*self._move(counter, -amount_us), reason, 0],
             ]
+            if command.grant:
+                self._give(account, Grant(command.request_id, *command.grant, amount_us, amount_us))
+                lines[0].append({command.request_id: amount_us})
         result = CommandResult(outcome, amount_us, account.balance_us)
         said = [command.request_id, command.actor, command.reason, digest, command.kind.value, name]
         self._append(
-            {"command": [*said, str(amount_us), str(account.balance_us), outcome.value], "lines": lines}
+            {
+                "command": [*said, str(amount_us), str(account.balance_us), outcome.value],
+                "lines": lines,
+                "grant": command.grant,
+            }
         )
         self.redis.requests[command.request_id] = (digest, result)
         self.redis.request_times[command.request_id] = (self._now_ms(), self.redis.entries)
         self._see()
         return result
+
+    def _give(self, account: Account, grant: Grant) -> None:
+        # Made anew: a copy of an older Redis may share what was there before.
+        grants = account.grants or Grants()
+        account.grants = Grants([*grants.grants, grant])
+
+    def expire_grants(self) -> int:
+        self._check()
+        due = sorted(
+            (grant.expires_ms, name, grant.grant_id)
+            for name, account in self.redis.accounts.items()
+            for grant in (account.grants.grants if account.grants else ())
+            if grant.expires_ms <= self.redis.fence_ms
+        )
+        lines: list[list[object]] = []
+        expired: list[str] = []
+        for _, name, grant_id in due:
+            grants = self.redis.accounts[name].grants
+            assert grants is not None
+            left_us = grants.remove(grant_id)
+            if not grants.grants:
+                self.redis.accounts[name].grants = None
+            if left_us:
+                reference = len(expired)
+                lines.append([*self._move(name, -left_us), "adjustment", reference, {grant_id: -left_us}])
+                lines.append([*self._move(ADJUSTMENTS, left_us), "adjustment", reference])
+                expired.append(grant_id)
+        if lines:
+            self._append({"expired": expired, "lines": lines})
+        self._see()
+        return len(due)
 
     def compact_requests(self, retention_ms: int) -> int:
         self._check()
@@ -245,7 +291,8 @@ class MemoryBalances:
         for correction in corrections:
             if correction.window_start_ms >= redis.fence_ms:
                 raise ValueError(f"NOT_FROZEN {correction.cell_id} does not lie before the fence")
-            moved = self._move_all(correction.changes, len(cells), lambda _: "resettle")
+            start_ms = correction.window_start_ms
+            moved = self._move_all(correction.changes, len(cells), lambda _: "resettle", start_ms)
             if moved is None:
                 raise ValueError(f"OVER_LIMIT {correction.cell_id} would take a balance out of its range")
             lines += moved
@@ -267,29 +314,45 @@ class MemoryBalances:
 
     def note_stored(self, number: int) -> None:
         """What the script of the outbox's reader does, without the trimming."""
-        self._check(seen_entry=number)
+        self._check(seen_entry=SeenEntry(number))
         self.redis.ledger_stored = max(self.redis.ledger_stored, number)
 
-    def _check(self, seen_entry: int | None = None) -> None:
+    def _check(self, seen_entry: SeenEntry | None = None) -> None:
         self._before = {}
         redis = self.redis
         epoch = redis.rebuilding if redis.epoch is None else redis.epoch
         if epoch != self.expected_epoch:
             raise WrongRedis(f"EPOCH expected {self.expected_epoch}, found {epoch}")
         seen_entry = self.seen_entry if seen_entry is None else seen_entry
-        if redis.entries < seen_entry:
+        number, name = seen_entry
+        if redis.entries < number:
             redis.epoch = None
-            raise WrongRedis(f"EPOCH lost: the outbox has {redis.entries} entries, {seen_entry} were seen")
+            raise WrongRedis(f"EPOCH lost: the outbox has {redis.entries} entries, {number} were seen")
+        if self._never_was(number, name):
+            redis.epoch = None
+            raise WrongRedis(f"EPOCH lost: entry {number} was seen as {name}, which is not in the outbox")
+
+    def _never_was(self, number: int, name: str) -> bool:
+        """Whether an entry that somebody saw is not there, and was not trimmed."""
+        outbox = self.redis.outbox
+        if name in ("", self.redis.last_name) or not outbox:
+            return False
+        there = any((entry.number, str(entry.at_ms)) == (number, name) for entry in outbox)
+        return not there and outbox[0].number <= number
 
     def _see(self) -> None:
-        self.seen_entry = max(self.seen_entry, self.redis.entries)
+        self.seen_entry = max(self.seen_entry, SeenEntry(self.redis.entries, self.redis.last_name))
         self._known_fence_ms = max(self._known_fence_ms, self.redis.fence_ms)
 
     def _account(self, name: str) -> Account:
         return self.redis.accounts.setdefault(name, Account())
 
     def _move_all(
-        self, changes: Mapping[str, int], reference: int, reason_of: Callable[[str], str]
+        self,
+        changes: Mapping[str, int],
+        reference: int,
+        reason_of: Callable[[str], str],
+        window_start_ms: int,
     ) -> list[list[object]] | None:
         """The lines of these changes and of revenue's; None, with nothing moved, when one is out of range."""
         everything = {**changes, REVENUE: -sum(changes.values())}
@@ -298,7 +361,13 @@ class MemoryBalances:
             abs(self._account(name).balance_us + change) >= MAX_BALANCE_US for name, change in moves.items()
         ):
             return None
-        return [[*self._move(name, change), reason_of(name), reference] for name, change in moves.items()]
+        lines = []
+        for name, change in moves.items():
+            line: list[object] = [*self._move(name, change), reason_of(name), reference]
+            if (grants := self._account(name).grants) and (detail := grants.move(change, window_start_ms)):
+                line.append(detail)
+            lines.append(line)
+        return lines
 
     def _move(self, name: str, change_us: int) -> list[object]:
         account = self._account(name)
@@ -317,6 +386,7 @@ class MemoryBalances:
             fields["alerts"] = alerts
         entry |= {name.encode(): json.dumps(value).encode() for name, value in fields.items()}
         redis.outbox.append(parse_entry(entry))
+        redis.last_name = str(self._now_ms())
 
     def _alerts(self) -> list[list[object]]:
         alerts: list[list[object]] = []

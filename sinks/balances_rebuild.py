@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import redis
 from redis.commands.core import Script
 
+from metering.grants import Grants
 from metering.rebuild import AccountState
 from schemas import redis_keys
 from schemas.records import RequestRecord
@@ -32,8 +33,8 @@ class RedisEmptyBook:
         self._restore_accounts = load_script(client, "restore_accounts")
         self._restore_requests = load_script(client, "restore_requests")
         self._forget_accounts = load_script(client, "forget_accounts")
-        self._coming = (0, 0)
-        """The epoch and the entries of the last `clear`: another rebuild's Redis is refused."""
+        self._coming = (0, "0@")
+        """The epoch and the last entry of the last `clear`: another rebuild's Redis is refused."""
 
     def newest_epoch(self) -> int:
         known = self._client.mget(redis_keys.EPOCH, redis_keys.REBUILDING)
@@ -53,7 +54,9 @@ class RedisEmptyBook:
             redis_keys.LIVE_CELLS,
             redis_keys.RESETTLE,
             redis_keys.LEDGER_STORED,
+            redis_keys.LAST_ENTRY,
             redis_keys.REQUESTS,
+            redis_keys.GRANTS,
             redis_keys.ALERTS_SENT,
         )
         for prefix in (redis_keys.CELL_PREFIX, redis_keys.REQUEST_PREFIX, redis_keys.REQUEST_MARK_PREFIX):
@@ -69,14 +72,14 @@ class RedisEmptyBook:
         pipeline.set(redis_keys.LEDGER_STORED, entries)
         pipeline.set(redis_keys.REBUILDING, epoch)
         pipeline.execute()
-        self._coming = (epoch, entries)
+        self._coming = (epoch, f"{entries}@")
 
     def restore_accounts(self, accounts: Sequence[AccountState]) -> None:
         for some in batched(accounts):
             values: list[str | int] = []
-            for account, balance_us, seq, floor_us in some:
+            for account, balance_us, seq, floor_us, grants in some:
                 floor = redis_keys.DEFAULT_FLOOR_US if floor_us is None else floor_us
-                values += (account, balance_us, seq, floor)
+                values += (account, balance_us, seq, floor, Grants(grants).text())
             self._run(self._restore_accounts, values)
 
     def restore_requests(self, requests: Sequence[RequestRecord]) -> None:

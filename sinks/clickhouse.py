@@ -26,6 +26,7 @@ from schemas.records import (
     DeadLetter,
     FenceMove,
     FloorRecord,
+    GrantRecord,
     LedgerLine,
     OutboxPosition,
     RequestRecord,
@@ -197,6 +198,11 @@ class ClickHouseJournal(_Inserter):
         if floors:
             self._insert("floors", floor_columns(floors))
 
+    def insert_grants(self, grants: Sequence[GrantRecord]) -> None:
+        """Store grants in `grants`."""
+        if grants:
+            self._insert("grants", grant_columns(grants))
+
     def insert_position(self, position: OutboxPosition) -> None:
         """Note in `outbox_positions` how far the journal is."""
         self._insert(
@@ -281,6 +287,7 @@ def ledger_columns(lines: Sequence[LedgerLine]) -> Columns:
         "note": _text([line.note for line in lines]),
         "posted_at_ms": _int64([line.posted_at_ms for line in lines]),
         "entry": _uint64([line.entry for line in lines]),
+        "grants": Column("Map(String, Int64)", [line.grants for line in lines]),
     }
 
 
@@ -307,6 +314,22 @@ def fence_move_columns(moves: Sequence[FenceMove]) -> Columns:
         "frozen_before_ms": _int64([move.frozen_before_ms for move in moves]),
         "epoch": _uint64([move.epoch for move in moves]),
         "entry": _uint64([move.entry for move in moves]),
+    }
+
+
+def grant_columns(grants: Sequence[GrantRecord]) -> Columns:
+    """The columns of `grants`."""
+    return {
+        "grant_id": _text([grant.grant_id for grant in grants]),
+        "account": _text([grant.account for grant in grants]),
+        "priority": _int64([grant.priority for grant in grants]),
+        "from_ms": _int64([grant.from_ms for grant in grants]),
+        "expires_ms": _int64([grant.expires_ms for grant in grants]),
+        "amount_us": _int64([grant.amount_us for grant in grants]),
+        "note": _text([grant.note for grant in grants]),
+        "epoch": _uint64([grant.epoch for grant in grants]),
+        "entry": _uint64([grant.entry for grant in grants]),
+        "granted_at_ms": _int64([grant.granted_at_ms for grant in grants]),
     }
 
 

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from metering.commands import CommandOutcome, CommandResult
 from metering.facts import ScopeFacts, UsageSum
+from metering.grants import EXPIRED, Grant, Grants
 from metering.rebuild import AccountState
 from schemas.events import LifecycleKind
 from schemas.records import (
     DeadLetter,
     FenceMove,
     FloorRecord,
+    GrantRecord,
     LedgerLine,
     OutboxPosition,
     RequestRecord,
@@ -105,6 +107,7 @@ class MemoryJournal:
         self._fence_moves: set[FenceMove] = set()
         self._requests: dict[str, RequestRecord] = {}
         self._floors: dict[str, FloorRecord] = {}
+        self._grants: dict[tuple[str, str], GrantRecord] = {}
         self._epochs: set[tuple[int, int]] = set()
         self._positions: set[tuple[int, int]] = set()
         self._entries: dict[tuple[int, int], int] = {}
@@ -146,6 +149,18 @@ class MemoryJournal:
             if (floor.epoch, floor.entry) >= (known.epoch, known.entry):
                 self._floors[floor.account] = floor
             self._entries[floor.epoch, floor.entry] = floor.set_at_ms
+
+    def insert_grants(self, grants: Sequence[GrantRecord]) -> None:
+        """Keep the record of the highest epoch for each grant."""
+        for grant in grants:
+            known = self._grants.setdefault((grant.account, grant.grant_id), grant)
+            if grant.epoch >= known.epoch:
+                self._grants[grant.account, grant.grant_id] = grant
+            self._entries[grant.epoch, grant.entry] = grant.granted_at_ms
+
+    def counted_grants(self) -> list[GrantRecord]:
+        """The grants that no rebuild voided, in no particular order."""
+        return [grant for grant in self._grants.values() if self.counts(grant.epoch, grant.entry)]
 
     def insert_position(self, position: OutboxPosition) -> None:
         """Note that every entry up to this one is stored whole."""
@@ -311,10 +326,28 @@ class MemoryArchive:
         floors = {floor.account: floor.floor_us for floor in self._journal.counted_floors()}
         for account in floors:
             balances.setdefault(account, (0, 0))
+        grants = self.grants_left()
         yield [
-            AccountState(account, balance_us, seq, floors.get(account))
+            AccountState(account, balance_us, seq, floors.get(account), tuple(grants.get(account, ())))
             for account, (balance_us, seq) in balances.items()
         ]
+
+    def grants_left(self) -> dict[str, list[Grant]]:
+        """The grants of each account that did not expire, with what is left of them."""
+        left: defaultdict[tuple[str, str], int] = defaultdict(int)
+        expired = set()
+        for line in self._journal.counted_lines():
+            for grant_id, change_us in line.grants.items():
+                left[line.account, grant_id] += change_us
+            if line.request_id.startswith(EXPIRED):
+                expired.add((line.account, line.request_id.removeprefix(EXPIRED)))
+        found: defaultdict[str, list[Grant]] = defaultdict(list)
+        for g in self._journal.counted_grants():
+            name = (g.account, g.grant_id)
+            if name not in expired:
+                grant = Grant(g.grant_id, g.priority, g.from_ms, g.expires_ms, g.amount_us, left[name])
+                found[g.account].append(grant)
+        return dict(found)
 
     def requests(self) -> Iterator[list[RequestRecord]]:
         yield self._journal.counted_requests()
@@ -360,19 +393,22 @@ class MemoryEmptyBook:
     def clear(self, epoch: int, entries: int) -> None:
         redis = self._redis
         redis.outbox.clear()
+        redis.last_name = ""
         redis.cells.clear()
         redis.requests.clear()
         redis.request_times.clear()
         redis.request_marks.clear()
+        for account in redis.accounts.values():
+            account.grants = None
         self._unrestored = set(redis.accounts)
         redis.token = redis.step = redis.done_frozen_before_ms = redis.done_appended_before_ms = 0
         redis.entries = redis.ledger_stored = entries
         redis.rebuilding = epoch
 
     def restore_accounts(self, accounts: Sequence[AccountState]) -> None:
-        for name, balance_us, seq, floor_us in accounts:
+        for name, balance_us, seq, floor_us, grants in accounts:
             floor = DEFAULT_FLOOR_US if floor_us is None else floor_us
-            self._redis.accounts[name] = Account(balance_us, seq, floor)
+            self._redis.accounts[name] = Account(balance_us, seq, floor, Grants(grants) if grants else None)
             self._unrestored.discard(name)
 
     def restore_requests(self, requests: Sequence[RequestRecord]) -> None:

@@ -38,7 +38,7 @@ class RedisOutbox:
     def note_stored(self, last: OutboxMessage, number: int) -> int:
         arguments: list[str | bytes] = [
             self._epoch,
-            str(number),
+            f"{number}@",
             last.entry_id,
             self._retention_ms,
             self._max_entries,

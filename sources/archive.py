@@ -19,6 +19,7 @@ from typing import Any
 from clickhouse_connect.driver.client import Client
 
 from metering.facts import ScopeFacts, UsageSum
+from metering.grants import EXPIRED, Grant
 from metering.presence import PRESENCE_MAX_MS
 from metering.rebuild import AccountState
 from schemas.events import LifecycleKind
@@ -338,9 +339,12 @@ class ClickHouseArchive:
             for block in blocks:
                 for first in range(0, len(block), ACCOUNTS_AT_ONCE):
                     rows = block[first : first + ACCOUNTS_AT_ONCE]
-                    floors = self._floors([account for account, _, _ in rows])
+                    accounts = [account for account, _, _ in rows]
+                    floors, grants = self._floors(accounts), self._grants(accounts)
                     yield [
-                        AccountState(account, int(balance_us), int(seq), floors.get(account))
+                        AccountState(
+                            account, int(balance_us), int(seq), floors.get(account), grants.get(account, ())
+                        )
                         for account, balance_us, seq in rows
                     ]
         yield from self._accounts_without_lines()
@@ -354,6 +358,35 @@ class ClickHouseArchive:
         floors = self._floors([account for (account,) in rows])
         if floors:
             yield [AccountState(account, 0, 0, floor_us) for account, floor_us in floors.items()]
+
+    def _grants(self, accounts: Sequence[str]) -> dict[str, tuple[Grant, ...]]:
+        """Those of these accounts that did not expire."""
+        database = self._database
+        listed = ", ".join(map(quoted, accounts))
+        given = self._rows(
+            f"SELECT account, grant_id, priority, from_ms, expires_ms, amount_us FROM {database}.grants FINAL "
+            f"WHERE account IN ({listed}) AND {self.line_counts}"
+        )
+        if not given:
+            return {}
+        listed = ", ".join(map(quoted, sorted({account for account, *_ in given})))
+        moved = self._rows(
+            f"""
+            SELECT account, change.1, sum(change.2), countIf(startsWith(request_id, {quoted(EXPIRED)}))
+            FROM (SELECT account, grants, request_id, epoch, entry FROM {database}.ledger FINAL
+                WHERE account IN ({listed}) AND {self.line_counts})
+            ARRAY JOIN CAST(grants, 'Array(Tuple(String, Int64))') AS change
+            GROUP BY account, change.1
+            """
+        )
+        left = {(account, grant_id): int(us) for account, grant_id, us, expired in moved if not expired}
+        found: dict[str, tuple[Grant, ...]] = {}
+        for account, grant_id, priority, from_ms, expires_ms, amount_us in given:
+            if (account, grant_id) in left:
+                left_us = left[account, grant_id]
+                grant = Grant(grant_id, int(priority), int(from_ms), int(expires_ms), int(amount_us), left_us)
+                found[account] = (*found.get(account, ()), grant)
+        return found
 
     def _floors(self, accounts: Sequence[str]) -> dict[str, int]:
         if not accounts:

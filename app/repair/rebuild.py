@@ -13,7 +13,7 @@ from app.books import REVISION_BITS, keep_generation, remembered_epoch
 from app.clients import clickhouse_client, redis_client
 from app.repair.log_ends import TopicEnds
 from app.repair.resettle import LOOK_EVERY_S, failure, open_archive
-from metering.ports import BalanceBook, WrongRedis
+from metering.ports import BalanceBook, SeenEntry, WrongRedis
 from metering.rebuild import Rebuilt, Step, rebuild
 from schemas.commands import Command
 from schemas.decode import check_append_time, decode_command
@@ -45,7 +45,7 @@ def run_rebuild(settings: Settings, *, patience_s: float = 60.0) -> Rebuilt:
 
         def open_book(epoch: int, seen: int) -> BalanceBook:
             keep_generation(client, archive.newest_generation(REVISION_BITS))
-            return RedisBalances(client, epoch, settings.outbox_max_entries, seen_entry=seen)
+            return RedisBalances(client, epoch, settings.outbox_max_entries, seen_entry=SeenEntry(seen))
 
         deadline = time.monotonic() + patience_s
         steps = rebuild(

@@ -1,8 +1,8 @@
 -- Carries out one money command as a double posting, once for each request id.
 --
--- ARGV: epoch, entries seen, outbox bound, request id, digest of the body, kind (top_up, adjustment, write_off),
+-- ARGV: epoch, entries seen, outbox bound, request id, digest of the body, kind (top_up, adjustment, write_off, grant),
 --   account, counter account (a node's for a write-off, or when it pays a top-up), amount (us), who and why as JSON
---   strings ("request id","actor","reason").
+--   strings ("request id","actor","reason"); of a grant also priority, from and expires (ms).
 -- What came of it goes to the outbox even when nothing moved, so that a rebuild knows it too.
 -- Reply: 'FULL', or {last entry, outcome, amount (us) that was moved, balance after (us)} with outcome APPLIED, REPLAYED
 --   (same id, same body: the first result), ARCHIVED (likewise, but only the ledger has the result), CONFLICT (same
@@ -40,12 +40,23 @@ if amount ~= '0' then
     amount, outcome = '0', 'OVER_LIMIT'
   elseif kind == 'top_up' and sub(counter, 1, 5) == 'node/' and sub(counter_after, 1, 1) == '-' then
     amount, outcome = '0', 'INSUFFICIENT'
+  elseif kind == 'grant' and #grants_of(state) >= 32 then
+    amount, outcome = '0', 'OVER_LIMIT'
   else
     local before, counter_before = state.balance, counter_state.balance
+    local reason, grants = kind, nil
+    if kind == 'grant' then
+      local list = grants_of(state)
+      list[#list + 1] = {id = ARGV[4], priority = tonumber(ARGV[11]), from = tonumber(ARGV[12]),
+        expires = tonumber(ARGV[13]), amount = tonumber(amount), left = tonumber(amount)}
+      sort_grants(list)
+      state.beyond = 0
+      reason, grants = 'adjustment', '{"' .. ARGV[4] .. '":' .. amount .. '}'
+    end
     state.balance, state.seq, state.changed = after, state.seq + 1, true
-    lines[1] = line(account, state, amount, before, kind, '0')
+    lines[1] = line(account, state, amount, before, reason, '0', grants)
     counter_state.balance, counter_state.seq, counter_state.changed = counter_after, counter_state.seq + 1, true
-    lines[2] = line(counter, counter_state, negated(amount), counter_before, kind, '0')
+    lines[2] = line(counter, counter_state, negated(amount), counter_before, reason, '0')
   end
 end
 
@@ -53,9 +64,11 @@ end
 local at = now_ms()
 write_accounts(at)
 call('HSET', request, 'digest', ARGV[5], 'amount_us', amount, 'balance_us', state.balance, 'outcome', outcome,
-  'at_ms', at, 'entry', format('%.0f', tonumber(last_entry()) + 1))
+  'at_ms', at, 'entry', format('%.0f', tonumber(call('GET', 'entries') or '0') + 1))
 call('ZADD', 'requests', at, ARGV[4])
+if kind == 'grant' and outcome == 'APPLIED' then call('ZADD', 'grants', ARGV[13], account .. '|' .. ARGV[4]) end
 append(at,
+  'grant', kind == 'grant' and '[' .. ARGV[11] .. ',' .. ARGV[12] .. ',' .. ARGV[13] .. ']' or 'null',
   'command', '[' .. ARGV[10] .. ',"' .. ARGV[5] .. '","' .. kind .. '","' .. account .. '","' .. amount .. '","'
     .. state.balance .. '","' .. outcome .. '"]',
   'lines', '[' .. table.concat(lines, ',') .. ']')

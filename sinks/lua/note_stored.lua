@@ -1,7 +1,7 @@
 -- Notes up to which entry the outbox is stored, and forgets what is stored and past the retention, or at once what
 -- is stored beyond half of the bound, so that the retention never fills the outbox by itself.
 --
--- ARGV: epoch, number of the last stored entry, its id, retention (ms), outbox bound.
+-- ARGV: epoch, the last stored entry as "number@", its id, retention (ms), outbox bound.
 -- Reply: number of entries that are left.
 -- An outbox that never got so far is another one: see `refusal`.
 
@@ -24,7 +24,8 @@ end
 call('XTRIM', 'ledger', 'MINID', keep_from)
 -- After the trimming: a Redis without memory refuses a script's first write if that may take some, and trimming is
 -- what would give it back.
-if tonumber(call('GET', 'ledger_stored') or '0') < tonumber(ARGV[2]) then
-  call('SET', 'ledger_stored', ARGV[2])
+local number = string.match(ARGV[2], '^%d+')
+if tonumber(call('GET', 'ledger_stored') or '0') < tonumber(number) then
+  call('SET', 'ledger_stored', number)
 end
 return call('XLEN', 'ledger')

@@ -38,7 +38,7 @@ for _ = 1, tonumber(ARGV[6]) do
     count = count + 1
     names[count], changes[count] = 'platform/revenue', -rest
   end
-  if not stage(names, changes, count, lines, format('%d', #metadata), reason_of) then
+  if not stage(names, changes, count, lines, format('%d', #metadata), reason_of, tonumber(start)) then
     return redis.error_reply('OVER_LIMIT ' .. meta .. ' would take a balance out of its range')
   end
   metadata[#metadata + 1] = meta

@@ -83,7 +83,7 @@ local function post(cell, start, revision, meta, vector)
     if number == known then return old == vector and 'POSTED' or 'OLDER' end
   end
   local count = difference(old, vector)
-  if not stage(names, changes, count, lines, format('%d', #metadata), reason_of) then return 'OVER_LIMIT' end
+  if not stage(names, changes, count, lines, format('%d', #metadata), reason_of, tonumber(start)) then return 'OVER_LIMIT' end
   if count > 0 then insert(metadata, meta) end
   records[cell], starts[cell] = revision .. '|' .. vector, start
   return 'POSTED'

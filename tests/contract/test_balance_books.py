@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import count
+from typing import Any, Protocol
 
 import pytest
 import redis
@@ -13,12 +15,13 @@ from hypothesis import strategies as st
 
 from metering.commands import CommandOutcome, command_digest
 from metering.facts import Correction
+from metering.grants import MAX_GRANTS
 from metering.live import Answer, CellPosting, Emission, Ending
 from metering.money import MAX_AMOUNT_US
 from metering.outbox import OutboxEntry, parse_entry
 from metering.ports import BalanceBook, CorrectionAnswer, WrongRedis
 from schemas import redis_keys
-from schemas.commands import Command, CommandKind
+from schemas.commands import Command, CommandKind, GrantTerms
 from schemas.messages import OutboxMessage
 from schemas.records import LedgerLine, SettlementReason
 from schemas.redis_keys import LOW_US
@@ -47,12 +50,26 @@ class Bench(Protocol):
 
     def note_stored(self, number: int) -> None: ...
 
+    def keep(self) -> Any: ...
+
+    def put_back(self, kept: Any) -> None:
+        """Go back to what was kept."""
+
+    def another_book(self) -> BalanceBook:
+        """As another process has it, which has seen nothing yet."""
+
+    def trim_all_but_the_last(self) -> None: ...
+
     def floor_us(self, account: str) -> int: ...
 
 
 @dataclass
 class MemoryBench:
-    book: MemoryBalances = field(default_factory=MemoryBalances)
+    clock: Iterator[int] = field(default_factory=lambda: count(1))
+    book: MemoryBalances = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.book = MemoryBalances(now_ms=lambda: next(self.clock))
 
     def balances(self) -> dict[str, int]:
         return self.book.balances()
@@ -71,6 +88,18 @@ class MemoryBench:
 
     def note_stored(self, number: int) -> None:
         self.book.note_stored(number)
+
+    def keep(self) -> Any:
+        return deepcopy(self.book.redis)
+
+    def put_back(self, kept: Any) -> None:
+        self.book.redis = kept
+
+    def another_book(self) -> BalanceBook:
+        return MemoryBalances(1, lambda: next(self.clock), self.book.redis)
+
+    def trim_all_but_the_last(self) -> None:
+        del self.book.redis.outbox[:-1]
 
     def floor_us(self, account: str) -> int:
         return self.book.redis.accounts[account].floor_us
@@ -109,6 +138,20 @@ class RedisBench:
     def note_stored(self, number: int) -> None:
         outbox = RedisOutbox(self._client, epoch=1, retention_s=3_600, max_entries=1_000_000)
         outbox.note_stored(OutboxMessage(b"0-0", {}), number)
+
+    def keep(self) -> Any:
+        return {key: self._client.dump(key) for key in self._client.scan_iter()}
+
+    def put_back(self, kept: Any) -> None:
+        self._client.flushall()
+        for key, value in kept.items():
+            self._client.restore(key, 0, value)
+
+    def another_book(self) -> BalanceBook:
+        return RedisBalances(self._client, epoch=1, outbox_max_entries=1_000_000)
+
+    def trim_all_but_the_last(self) -> None:
+        self._client.xtrim(redis_keys.LEDGER_STREAM, maxlen=1, approximate=False)
 
     def floor_us(self, account: str) -> int:
         return int(self._client.hget(redis_keys.balance(account), "floor_us") or 0)
@@ -335,6 +378,64 @@ def test_an_old_request_id_is_spent_for_ever(bench: Bench) -> None:
     assert bench.balances() == {"user/u-1": 507, "platform/top_ups": -507}
 
 
+def grant(request_id: str, amount_us: int, terms: tuple[int, int, int], account: str = "user/u-1") -> Command:
+    """Minutes for a while: priority, from, expires."""
+    kind = CommandKind.GRANT
+    told = GrantTerms(*terms)
+    return Command(kind, account, amount_us, request_id, "plan", "system", None, "web", "c", 0, told)
+
+
+def details(bench: Bench) -> list[tuple]:
+    return [(line.account, line.change_us, line.grants) for line in lines_of(bench) if line.grants]
+
+
+def test_a_grant_is_spent_before_the_rest_and_what_is_left_expires(bench: Bench) -> None:
+    """The ledger's lines tell how each charge was split; the balance is one number all the while."""
+    day_ms = 86_400_000
+    end_ms = START_MS + 120_000
+    bench.book.apply_command(top_up("q-1", 1_000))
+    assert bench.book.apply_command(grant("g-1", 100, (1, START_MS, end_ms))).balance_us == 1_100
+    assert bench.book.apply_command(grant("g-2", 10, (0, START_MS, START_MS + day_ms))).balance_us == 1_110
+    assert bench.book.apply_command(grant("g-1", 100, (1, START_MS, end_ms))).outcome == "REPLAYED"
+    assert bench.book.apply_command(grant("g-1", 100, (2, START_MS, end_ms))).outcome == "CONFLICT"
+    post(bench, cell({"user/u-1": -30}))
+    post(bench, cell({"user/u-1": -15}, revision=2))
+    post(bench, cell({"user/u-1": -40}, start_ms=START_MS - 60_000))
+    assert bench.book.expire_grants() == 0
+    bench.book.raise_fence(end_ms)
+    assert bench.book.expire_grants() == 1
+    assert bench.book.expire_grants() == 0
+    assert details(bench) == [
+        ("user/u-1", 100, {"g-1": 100}),
+        ("user/u-1", 10, {"g-2": 10}),
+        ("user/u-1", -30, {"g-2": -10, "g-1": -20}),
+        ("user/u-1", 15, {"g-1": 15}),
+        ("user/u-1", -95, {"g-1": -95}),
+    ]
+    assert bench.balances()["user/u-1"] == 1_000 - 40
+    assert sum(bench.balances().values()) == 0
+    assert_chains_are_whole(lines_of(bench), bench.balances())
+    last = [line for line in lines_of(bench) if line.request_id == "expired/g-1"]
+    assert [(line.account, line.change_us, line.reason) for line in last] == [
+        ("user/u-1", -95, "adjustment"),
+        ("platform/adjustments", 95, "adjustment"),
+    ]
+    granted = [record for entry in bench.entries() for record in entry.grants]
+    assert [(g.grant_id, g.account, g.priority, g.expires_ms, g.amount_us, g.note) for g in granted] == [
+        ("g-1", "user/u-1", 1, end_ms, 100, "plan"),
+        ("g-2", "user/u-1", 0, START_MS + day_ms, 10, "plan"),
+    ]
+
+
+def test_an_account_has_a_bounded_number_of_grants(bench: Bench) -> None:
+    """One more is refused and moves nothing."""
+    for number in range(MAX_GRANTS):
+        assert bench.book.apply_command(grant(f"g-{number}", 1, (0, 0, START_MS))).outcome == "APPLIED"
+    refused = bench.book.apply_command(grant("one-more", 1, (0, 0, START_MS)))
+    assert refused == (CommandOutcome.OVER_LIMIT, 0, MAX_GRANTS)
+    assert len([record for entry in bench.entries() for record in entry.grants]) == MAX_GRANTS
+
+
 def fallen(bench: Bench) -> list[tuple]:
     return [
         (alert.account, alert.threshold.value, alert.balance_us, alert.floor_us, alert.seq, alert.entry)
@@ -444,6 +545,30 @@ def test_a_book_that_lost_its_end_is_refused_by_everyone_from_then_on(bench: Ben
     assert bench.balances()["user/u-1"] == -70
 
 
+def test_a_book_that_others_went_on_with_after_it_lost_its_end_is_refused_too(bench: Bench) -> None:
+    """It has as many entries as somebody saw, but another one in the place of the last."""
+    post(bench, cell({"user/u-1": -70}))
+    before = bench.keep()
+    post(bench, cell({"user/u-1": -80}, revision=2))
+    bench.put_back(before)
+    other = bench.another_book()
+    other.set_floor("user/u-2", -1)
+    other.set_floor("user/u-2", -2)
+    with pytest.raises(WrongRedis, match=r"EPOCH lost: entry 2 was seen as .*, which is not in the outbox"):
+        post(bench, cell({"user/u-1": -90}, revision=3))
+    with pytest.raises(WrongRedis, match="EPOCH expected 1, found"):
+        other.begin_resettle()
+
+
+def test_an_entry_that_was_trimmed_is_not_missed(bench: Bench) -> None:
+    """Whoever saw it last goes on."""
+    post(bench, cell({"user/u-1": -70}))
+    other = bench.another_book()
+    other.set_floor("user/u-2", -1)
+    bench.trim_all_but_the_last()
+    assert post(bench, cell({"user/u-1": -80}, revision=2)) == [Answer.POSTED]
+
+
 def test_while_a_rebuild_is_under_way_only_the_coming_epoch_may_write(bench: Bench) -> None:
     """Whoever knows the old epoch is refused."""
     bench.set_epoch(None, rebuilding=2)
@@ -508,12 +633,19 @@ operations = st.lists(
         st.tuples(st.just("write_off"), st.integers(4, 6), st.integers(1, MAX_AMOUNT_US)),
         st.tuples(st.just("gift"), st.integers(5, 8), st.integers(1, MAX_AMOUNT_US)),
         st.tuples(st.just("compact"), st.booleans()),
+        st.tuples(
+            st.just("grant"),
+            st.integers(8, 11),
+            st.one_of(st.integers(1, MAX_AMOUNT_US), st.integers(1, 10**15)),
+            st.tuples(st.integers(0, 1), st.integers(-1, 1), st.integers(2, 3)),
+        ),
+        st.tuples(st.just("expire")),
         st.tuples(st.just("begin_resettle")),
         st.tuples(st.just("correct"), st.integers(1, 2), st.integers(0, 2), small_vectors),
         st.tuples(st.just("end_resettle"), st.integers(1, 2)),
         st.tuples(st.just("floor"), st.integers(-3, 3)),
     ),
-    max_size=14,
+    max_size=18,
 )
 
 
@@ -556,6 +688,12 @@ def _carry_out(twin: Bench, operation: tuple) -> object:  # noqa: PLR0911
         if arguments[0]:
             twin.note_stored(len(twin.entries()))
         return twin.book.compact_requests(0)
+    if name == "expire":
+        return twin.book.expire_grants()
+    if name == "grant":
+        request, amount, (priority, first, last) = arguments
+        terms = (priority, START_MS + first * 60_000, START_MS + last * 60_000)
+        return twin.book.apply_command(grant(f"q-{request}", amount, terms))
     if name == "floor":
         return twin.book.set_floor("user/u-1", arguments[0])
     request, amount = arguments
