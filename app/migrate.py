@@ -178,7 +178,7 @@ TOPIC_CONFIGS: Mapping[str, Mapping[str, str]] = {
     COMMANDS: {"max.message.bytes": "1048588", "retention.ms": "-1"},
     # A refused message may be as large as the broker let in, and gets headers on top.
     DEAD_LETTERS: {"max.message.bytes": "1148588"},
-    ALERTS: {},
+    ALERTS: {"max.message.bytes": "1048588"},
 }
 """What each topic is made with, besides the timestamp type. The broker lets in far more than the 64 KiB that
 are accepted, so that a message that is too large becomes a dead letter, not an error at its producer."""

@@ -13,6 +13,7 @@ import sources.archive
 from app.migrate import run_migrations
 from flows.usage_store import row_of
 from metering.facts import ScopeFacts
+from metering.grants import EXPIRED, Grant
 from metering.live import Located
 from metering.money import REVENUE
 from metering.ports import Archive
@@ -23,7 +24,7 @@ from schemas.events import Event, Lifecycle, LifecycleKind, Usage
 from schemas.messages import RawMessage
 from schemas.ports import Journal, UsageStore
 from schemas.rate_card import RateCard, RateVersion
-from schemas.records import FenceMove, FloorRecord, OutboxPosition
+from schemas.records import FenceMove, FloorRecord, GrantRecord, OutboxPosition
 from schemas.rejections import Rejected
 from schemas.rows import LifecycleRow, StoredUpTo, UsageRow
 from sinks.clickhouse import ClickHouseJournal, ClickHouseUsageStore
@@ -250,9 +251,32 @@ def test_lines_that_a_rebuild_voided_count_nowhere(bench: Bench) -> None:
     [[facts]] = bench.archive().facts_since(EVER_MS, NOON_MS + 60_000)
     assert facts.posted == {NOON_MS: {"user/u-1": -75}}
     [[account]] = list(bench.archive().accounts())
-    assert account == ("user/u-1", -75, 2, None)
+    assert account == ("user/u-1", -75, 2, None, ())
     assert bench.archive().newest_epoch() == 2
     assert bench.archive().last_entry()[0] == 6
+
+
+def test_accounts_come_with_what_is_left_of_their_grants(bench: Bench) -> None:
+    """Not with expired ones, and not with what a rebuild voided."""
+    journal = bench.journal
+    moves = [(100, "g-1", {"g-1": 100}), (50, "g-2", {"g-2": 50}), (-30, "", {"g-1": -20, "g-2": -10})]
+    moves += [(-40, f"{EXPIRED}g-2", {"g-2": -40}), (-7, "", {"g-1": -7})]
+    balance_us, lines = 0, []
+    for seq, (change_us, request_id, grants) in enumerate(moves, 1):
+        told = {"entry": seq, "epoch": 1, "request_id": request_id, "grants": grants}
+        lines.append(ledger_line("user/u-1", seq, change_us, before_us=balance_us, **told))
+        balance_us += change_us
+    journal.insert_lines(lines)
+    terms = {"account": "user/u-1", "priority": 3, "from_ms": 5, "expires_ms": 9, "note": "", "epoch": 1}
+    journal.insert_grants(
+        [
+            GrantRecord(grant_id=f"g-{entry}", amount_us=amount_us, entry=entry, granted_at_ms=0, **terms)
+            for entry, amount_us in ((1, 100), (2, 50), (9, 70))
+        ]
+    )
+    bench.archive().record_epoch(2, 4)
+    [[account]] = list(bench.archive().accounts())
+    assert account == ("user/u-1", 80, 4, None, (Grant("g-1", 3, 5, 9, 100, 80),))
 
 
 def position(epoch: int, entry: int) -> OutboxPosition:
@@ -301,10 +325,10 @@ def test_accounts_come_in_parts_with_their_floors(bench: Bench, monkeypatch: pyt
     )
     parts = list(bench.archive().accounts())
     assert sorted(account for part in parts for account in part) == [
-        ("user/new", 0, 0, -7),
-        ("user/u-0", 1, 2, None),
-        ("user/u-1", 2, 2, -6),
-        ("user/u-2", 3, 2, None),
-        ("user/u-3", 4, 2, None),
-        ("user/u-4", 5, 2, None),
+        ("user/new", 0, 0, -7, ()),
+        ("user/u-0", 1, 2, None, ()),
+        ("user/u-1", 2, 2, -6, ()),
+        ("user/u-2", 3, 2, None, ()),
+        ("user/u-3", 4, 2, None, ()),
+        ("user/u-4", 5, 2, None, ()),
     ]

@@ -22,7 +22,7 @@ from app.migrate import TOPIC_CONFIGS, MigrationError, create_topics, initialise
 from schemas import redis_keys
 from schemas.records import LedgerLine
 from schemas.settings import Settings
-from schemas.topics import COMMANDS, DEAD_LETTERS, EVENTS
+from schemas.topics import ALERTS, COMMANDS, DEAD_LETTERS, EVENTS
 from sinks.clickhouse import ClickHouseJournal
 from tests.support import archive
 from tests.support.archive import ledger_line
@@ -35,7 +35,7 @@ DATABASE = "migrate"
 
 @pytest.fixture
 def topics() -> dict[str, dict[str, str]]:
-    """Three topics that nobody has, with the settings of the real ones."""
+    """Topics that nobody has, with the settings of the real ones."""
     prefix = f"test.{uuid.uuid4().hex[:12]}"
     return {f"{prefix}.{name}": dict(config) for name, config in TOPIC_CONFIGS.items()}
 
@@ -54,7 +54,7 @@ def test_missing_topics_are_made_and_existing_ones_left(
     assert create_topics(settings.kafka, 3, append_time, topics=topics) == list(topics)
     assert create_topics(settings.kafka, 5, append_time, topics=topics) == []
     counts = partition_counts(settings)
-    assert [counts[name] for name in topics] == [3, 3, 3]
+    assert [counts[name] for name in topics] == [3] * len(topics)
 
 
 def test_topics_get_their_settings(settings: Settings, topics: dict[str, dict[str, str]]) -> None:
@@ -69,13 +69,13 @@ def test_topics_get_their_settings(settings: Settings, topics: dict[str, dict[st
             expected["message.timestamp.type"] = "LogAppendTime"
         assert {name: found.get(name) for name in expected} == expected
     sizes = [int(config["max.message.bytes"]) for config in TOPIC_CONFIGS.values()]
-    assert sizes == [1_048_588, 1_048_588, 1_148_588]
+    assert sizes == [1_048_588, 1_048_588, 1_148_588, 1_048_588]
 
 
 def test_the_products_own_topics_are_made(settings: Settings) -> None:
     """Events, commands and dead letters exist after a migration."""
     create_topics(settings.kafka, 2, settings.broker_append_time)
-    assert {EVENTS, COMMANDS, DEAD_LETTERS} <= set(partition_counts(settings))
+    assert {EVENTS, COMMANDS, DEAD_LETTERS, ALERTS} <= set(partition_counts(settings))
 
 
 def test_topics_made_by_two_at_once(settings: Settings, topics: dict[str, dict[str, str]]) -> None:

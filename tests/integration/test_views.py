@@ -445,6 +445,7 @@ VIEWS = (
     "node_earnings",
     "settlement_totals",
     "ledger_lines",
+    "grants_left",
 )
 
 

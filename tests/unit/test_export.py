@@ -42,6 +42,12 @@ DATA |= {
     "lingua.account.topped_up.v1": MONEY,
     "lingua.account.adjusted.v1": MONEY | {"amount_us": -1},
     "lingua.account.written_off.v1": MONEY | {"node_account": "node/n"},
+    "lingua.account.granted.v1": MONEY
+    | {
+        "priority": 1,
+        "effective_from": "2026-01-01T00:00:00Z",
+        "expires_at": "2026-02-01T00:00:00Z",
+    },
 }
 
 

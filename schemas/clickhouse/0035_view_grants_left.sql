@@ -10,7 +10,7 @@ AS SELECT
     fromUnixTimestamp64Milli(expires_ms, 'UTC') AS expires_at,
     amount_us,
     CAST(round(toDecimal128(amount_us, 12) / 60000000, 9), 'Decimal(38, 9)') AS amount_minutes,
-    moved.moved_us AS left_us,
+    ifNull(moved_us, toInt64(0)) AS left_us,
     CAST(round(toDecimal128(left_us, 12) / 60000000, 9), 'Decimal(38, 9)') AS left_minutes
 FROM (
     SELECT * FROM {database}.grants FINAL
@@ -21,11 +21,13 @@ FROM (
 ) AS given
 LEFT JOIN (
     SELECT account, change.1 AS grant_id, sum(change.2) AS moved_us
-    FROM (SELECT account, grants, epoch, entry FROM {database}.ledger FINAL)
-    ARRAY JOIN CAST(grants, 'Array(Tuple(String, Int64))') AS change
-    WHERE NOT arrayExists(
-        rebuilt -> rebuilt.1 > epoch AND rebuilt.2 < entry,
-        (SELECT groupArray((epoch, after_entry)) FROM {database}.epochs)
+    FROM (
+        SELECT account, arrayJoin(CAST(grants, 'Array(Tuple(String, Int64))')) AS change
+        FROM {database}.ledger FINAL
+        WHERE NOT arrayExists(
+            rebuilt -> rebuilt.1 > epoch AND rebuilt.2 < entry,
+            (SELECT groupArray((epoch, after_entry)) FROM {database}.epochs)
+        )
     )
     GROUP BY account, grant_id
 ) AS moved USING (account, grant_id)
