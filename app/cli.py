@@ -422,10 +422,7 @@ def top_up(
 
     After a failure, send it again with the same --request-id: it cannot count twice.
     """
-    from app.emit import Emitter
     from app.money_commands import amount_us_of, top_up_message
-    from schemas import topics
-    from schemas.settings import load_settings
 
     message, request = top_up_message(
         _required_account(account),
@@ -435,11 +432,57 @@ def top_up(
         actor=actor,
         now_ms=_now_ms(),
     )
+    _send_command(message, account, f"the top-up {request}")
+    typer.echo(request)
+
+
+@app.command()
+def grant(
+    account: AccountArgument,
+    minutes: Annotated[str, typer.Argument(help="balance minutes, to the microsecond: 30, 0.5")],
+    *,
+    expires: Annotated[str, typer.Option(help="RFC 3339 instant at which what is left is taken back")],
+    effective_from: Annotated[
+        str | None, typer.Option("--from", help="RFC 3339 instant of the first window; by default now")
+    ] = None,
+    priority: Annotated[int, typer.Option(min=0, max=1_000, help="the smallest is spent first")] = 100,
+    request_id: Annotated[
+        str | None, typer.Option(help="one request is carried out once; by default a new one")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="why: points, a voucher")] = "points",
+    actor: Annotated[str, typer.Option(help="who gives it")] = "operator",
+) -> None:
+    """Give a user minutes for a while, spent before the rest of the balance; prints the grant's id.
+
+    After a failure, send it again with the same --request-id and --from: it cannot count twice.
+    """
+    from app.money_commands import amount_us_of, grant_message
+    from schemas.rfc3339 import format_rfc3339_ms
+
+    message, request = grant_message(
+        _required_account(account),
+        amount_us_of(minutes),
+        priority=priority,
+        effective_from=effective_from or format_rfc3339_ms(_now_ms() // 60_000 * 60_000),
+        expires_at=expires,
+        request_id=request_id,
+        reason=reason,
+        actor=actor,
+        now_ms=_now_ms(),
+    )
+    _send_command(message, account, f"the grant {request}")
+    typer.echo(request)
+
+
+def _send_command(message: bytes, account: str, what: str) -> None:
+    from app.emit import Emitter
+    from schemas import topics
+    from schemas.settings import load_settings
+
     with Emitter(load_settings().kafka, topics.COMMANDS) as emitter:
         emitter.send(message, account.encode())
     if emitter.summary.failed:
-        raise CommandError(f"the top-up {request} was not delivered: {emitter.summary.why()}")
-    typer.echo(request)
+        raise CommandError(f"{what} was not delivered: {emitter.summary.why()}")
 
 
 @app.command()

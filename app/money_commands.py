@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from decimal import Decimal
 
 import msgspec
 
 from app.errors import CommandError
 from metering.money import US_PER_MINUTE
-from schemas.commands import MAX_AMOUNT_US, TOPPED_UP_TYPE
+from schemas.commands import GRANTED_TYPE, MAX_AMOUNT_US, TOPPED_UP_TYPE
 from schemas.decode import decode_command
 from schemas.rejections import Rejected
 from schemas.rfc3339 import format_rfc3339_ms
@@ -35,26 +36,45 @@ def top_up_message(
 
     Raises CommandError, exit code 2, for what the settlement flow would refuse.
     """
+    told = {"account": account, "amount_us": amount_us, "reason": reason, "actor": actor}
+    return _message(TOPPED_UP_TYPE, told, request_id, now_ms, "top-up")
+
+
+def grant_message(
+    account: str,
+    amount_us: int,
+    *,
+    priority: int,
+    effective_from: str,
+    expires_at: str,
+    request_id: str | None,
+    reason: str,
+    actor: str,
+    now_ms: int,
+) -> tuple[bytes, str]:
+    """As `top_up_message`, of minutes that are spent first and expire. Instants are RFC 3339."""
+    told: dict[str, object] = {"account": account, "amount_us": amount_us, "reason": reason, "actor": actor}
+    told |= {"priority": priority, "effective_from": effective_from, "expires_at": expires_at}
+    return _message(GRANTED_TYPE, told, request_id, now_ms, "grant")
+
+
+def _message(
+    type_name: str, data: Mapping[str, object], request_id: str | None, now_ms: int, what: str
+) -> tuple[bytes, str]:
     request = request_id or str(uuid.uuid4())
     message = msgspec.json.encode(
         {
             "specversion": "1.0",
             "id": request,
             "source": "cli/metering",
-            "type": TOPPED_UP_TYPE,
-            "subject": account,
+            "type": type_name,
+            "subject": data["account"],
             "time": format_rfc3339_ms(now_ms),
-            "data": {
-                "account": account,
-                "amount_us": amount_us,
-                "request_id": request,
-                "reason": reason,
-                "actor": actor,
-            },
+            "data": {**data, "request_id": request},
         }
     )
     try:
         decode_command(message)
     except Rejected as refusal:
-        raise CommandError(f"this top-up would be refused: {refusal}", exit_code=2) from None
+        raise CommandError(f"this {what} would be refused: {refusal}", exit_code=2) from None
     return message, request

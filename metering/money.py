@@ -7,7 +7,20 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-US_PER_MINUTE = 60_000_000
+from schemas.commands import US_PER_MINUTE
+
+__all__ = [
+    "ADJUSTMENTS",
+    "MAX_AMOUNT_US",
+    "NODE_PREFIX",
+    "REVENUE",
+    "TOP_UPS",
+    "USER_PREFIX",
+    "US_PER_MINUTE",
+    "minutes",
+    "node_account",
+    "user_account",
+]
 
 MAX_AMOUNT_US = 4_000_000_000_000_000
 """The most that one cell may move in all (126 service years in a minute), and one money command too.

@@ -54,6 +54,9 @@ class Command(msgspec.Struct, frozen=True, gc=False):
     grant: GrantTerms | None = None
 
 
+US_PER_MINUTE = 60_000_000
+"""Service microseconds of a balance minute."""
+
 MAX_AMOUNT_US = 4_000_000_000_000_000
 """The largest amount of one command: 66 million minutes, and 2000 of them still fit into 64 bits."""
 
