@@ -26,9 +26,17 @@ from metering.identity import body_digest
 from metering.money import NODE_PREFIX, REVENUE, USER_PREFIX, node_account, user_account
 from metering.presence import PRESENCE_MAX_MS, Presence
 from metering.pricing import cost_us, credit_us, stages_cost_us
-from metering.reconcile import CellLook, Verdict, agrees_frozen, judge_live, moved_us, over_limit, without_zeros
+from metering.reconcile import (
+    CellLook,
+    Verdict,
+    agrees_frozen,
+    judge_live,
+    moved_us,
+    over_limit,
+    without_zeros,
+)
 from metering.resettle import recompute
-from schemas.events import LifecycleKind, Usage
+from schemas.events import Event, Lifecycle, LifecycleKind, Usage
 from schemas.rate_card import RateCard, RateVersion
 from schemas.rows import LifecycleRow, UsageRow
 
@@ -75,6 +83,8 @@ def worst(judgements: Iterable[Judgement]) -> Judgement:
     """The judgement that counts for the whole: the first of the most severe ones."""
     return max(judgements, key=lambda each: _SEVERITY.index(each.agreement))
 
+
+Row = UsageRow | LifecycleRow
 
 # What is given ------------------------------------------------------------------------------------------
 
@@ -166,6 +176,11 @@ class CellFacts:
     @property
     def cell_id(self) -> str:
         return cell_id(self.scope, self.window_start_ms)
+
+    @property
+    def rows(self) -> list[Row]:
+        """Every event."""
+        return [*self.usage, *self.membership]
 
     @property
     def posted(self) -> dict[str, int]:
@@ -398,9 +413,7 @@ def _earners(bench: _Bench, utterances: Sequence[Utterance]) -> list[Earner]:
     for account in sorted(account for account in vector if account.startswith(NODE_PREFIX)):
         node_id, lines = account.removeprefix(NODE_PREFIX), sums.get(account)
         credited_us = lines.change_us if lines else 0
-        earners.append(
-            Earner(node_id, served[node_id], worked[node_id], vector[account], credited_us, lines)
-        )
+        earners.append(Earner(node_id, served[node_id], worked[node_id], vector[account], credited_us, lines))
     return earners
 
 
@@ -413,25 +426,26 @@ def _count(names: Iterable[str]) -> dict[str, int]:
 
 # What a posting knew ------------------------------------------------------------------------------------
 
-Known = Callable[[UsageRow | LifecycleRow], bool]
+Known = Callable[[Row], bool]
 
 
 class _Bench:
     """A cell's facts, and the vectors that any part of its events comes to."""
 
-    def __init__(
-        self, facts: CellFacts, progress: Progress, card: RateCard, presence_max_ms: int
-    ) -> None:
+    def __init__(self, facts: CellFacts, progress: Progress, card: RateCard, presence_max_ms: int) -> None:
         self.facts = facts
         self.progress = progress
         self._card = card
         self._presence_max_ms = presence_max_ms
-        self.frozen = facts.window_start_ms < progress.frozen_before_ms
+        # A correction says so too: the fence may have been read just before it went by.
+        self.frozen = facts.window_start_ms < progress.frozen_before_ms or any(
+            posting.correction for posting in facts.postings
+        )
         cell = self._recompute(facts.usage, facts.membership)
         self._whole, self.rate_version = cell
         self.stored = without_zeros(self._whole)
 
-    def everything(self, _row: UsageRow | LifecycleRow) -> bool:
+    def everything(self, _row: Row) -> bool:
         """Every stored event."""
         return True
 
@@ -440,7 +454,8 @@ class _Bench:
         if known == self.everything:
             return self._whole
         return self._recompute(
-            [row for row in self.facts.usage if known(row)], [row for row in self.facts.membership if known(row)]
+            [row for row in self.facts.usage if known(row)],
+            [row for row in self.facts.membership if known(row)],
         )[0]
 
     def _recompute(
@@ -491,19 +506,23 @@ class _Bench:
         live = [each for each in self.facts.postings if not each.correction]
         return max(live, key=lambda each: each.revision, default=None)
 
-    def newer_than(self, known: Known) -> list[UsageRow | LifecycleRow]:
+    def newer_than(self, known: Known) -> list[Row]:
         """The events that this leaves out."""
-        return [row for row in (*self.facts.usage, *self.facts.membership) if not known(row)]
+        return [row for row in self.facts.rows if not known(row)]
 
     def earlier_state(self) -> int | None:
         """How many of the newest events have to be left out to come to what is posted; None when none will do."""
         posted = self.facts.posted
-        rows = sorted((*self.facts.usage, *self.facts.membership), key=_arrival)
+        rows = sorted(self.facts.rows, key=_arrival)
         for left_out in range(1, min(len(rows), EARLIER_STATES) + 1):
             last = _arrival(rows[-left_out])
-            if without_zeros(self.vector(lambda row, last=last: _arrival(row) < last)) == posted:
+            if without_zeros(self.vector(_arrived_before(last))) == posted:
                 return left_out
         return None
+
+
+def _arrived_before(arrival: tuple[int, int, int]) -> Known:
+    return lambda row: _arrival(row) < arrival
 
 
 def _usage_sum(start: int, usage: Usage, card: RateCard) -> UsageSum:
@@ -519,7 +538,7 @@ def _usage_sum(start: int, usage: Usage, card: RateCard) -> UsageSum:
     )
 
 
-def _arrival(row: UsageRow | LifecycleRow) -> tuple[int, int, int]:
+def _arrival(row: Row) -> tuple[int, int, int]:
     return row.appended_at_ms, row.partition, row.offset
 
 
@@ -541,9 +560,6 @@ def judge_cell(bench: _Bench) -> Judgement:
         return Judgement(
             Agreement.DIFFERS, "the cell moves more than any cell may, so it is never posted", differences
         )
-    if bench.progress.missing_entries:
-        behind = f"the ledger is {bench.progress.missing_entries} outbox entries behind"
-        return Judgement(Agreement.NOT_SETTLED, behind, differences)
     agreement, why = _judge_frozen(bench, look) if bench.frozen else _judge_live(bench, look)
     return Judgement(agreement, why, differences)
 
@@ -560,7 +576,7 @@ def _look(bench: _Bench) -> CellLook:
         # What fits by a guess is no guess any more.
         if certain or vector == facts.posted:
             at_posting = vector
-    appended = [row.appended_at_ms for row in (*facts.usage, *facts.membership)]
+    appended = [row.appended_at_ms for row in facts.rows]
     return CellLook(
         scope=facts.scope,
         window_start_ms=facts.window_start_ms,
@@ -577,6 +593,8 @@ def _judge_live(bench: _Bench, look: CellLook) -> tuple[Agreement, str]:
     verdict = judge_live(look)
     if verdict is Verdict.DIFFERS:
         return Agreement.DIFFERS, "what is posted is not what the events come to that the last posting knew"
+    if bench.progress.missing_entries:
+        return Agreement.NOT_SETTLED, _behind(bench.progress)
     settled_ms = bench.progress.settled_before_ms
     if settled_ms is not None and settled_ms > look.appended_at_ms:
         return Agreement.DIFFERS, "settlement has read all of its events, and the ledger does not have them"
@@ -588,7 +606,7 @@ def _judge_live(bench: _Bench, look: CellLook) -> tuple[Agreement, str]:
         return Agreement.NOT_SETTLED, f"{newer} newer events are not in the last posting yet"
     return (
         Agreement.UNCLEAR,
-        "newer events may be missing, and it cannot be told which ones the last posting knew: ask again in a moment",
+        "newer events may be missing; it cannot be told which ones the last posting knew: ask again in a moment",
     )
 
 
@@ -601,7 +619,7 @@ def _judge_frozen(bench: _Bench, look: CellLook) -> tuple[Agreement, str]:
         and look.window_start_ms < frozen_ms
         and bench.facts.last_appended_frozen_ms < appended_ms
     )
-    if compared:
+    if compared and not progress.missing_entries:
         return (
             Agreement.DIFFERS,
             "the window is frozen and the last resettle did not correct it: "
@@ -619,7 +637,13 @@ def _judge_frozen(bench: _Bench, look: CellLook) -> tuple[Agreement, str]:
                 "the next resettle corrects it",
             )
         left_out = found
+    if progress.missing_entries:
+        return Agreement.NOT_SETTLED, _behind(progress)
     return Agreement.NOT_SETTLED, f"{left_out} events came late: the next resettle charges them"
+
+
+def _behind(progress: Progress) -> str:
+    return f"the ledger is {progress.missing_entries} outbox entries behind"
 
 
 def _judge_postings(facts: CellFacts) -> list[Judgement]:
@@ -700,7 +724,8 @@ def explain_change(
     index = _posting_of(line, facts.postings)
     later = facts.postings[index + 1 :]
     expected_us: int | None = None
-    known, known_by = bench.everything, "unknown"
+    known: Known = bench.everything
+    known_by = "unknown"
     for candidate, by, certain in _candidates(bench, facts.postings[index], last=not later):
         amount_us = bench.vector(candidate).get(line.account, 0)
         if amount_us == after_us or certain:
@@ -722,7 +747,9 @@ def explain_change(
         known_by=known_by,
         utterances_known=None if known_by == "unknown" else sum(map(known, facts.usage)),
         new_utterances=[
-            EventName(row.usage.utterance_id, row.usage.source, row.usage.id, explain_utterance(row, card).cost_us)
+            EventName(
+                row.usage.utterance_id, row.usage.source, row.usage.id, explain_utterance(row, card).cost_us
+            )
             for row in sorted(new, key=_place)
         ],
         new_payers=came,
@@ -758,9 +785,7 @@ def _users(vector: Mapping[str, int]) -> set[str]:
     return {account.removeprefix(USER_PREFIX) for account in vector if account.startswith(USER_PREFIX)}
 
 
-def _judge_change(
-    line: Line, before_us: int, expected_us: int | None, later: Sequence[Posting]
-) -> Judgement:
+def _judge_change(line: Line, before_us: int, expected_us: int | None, later: Sequence[Posting]) -> Judgement:
     if expected_us is None:
         return Judgement(
             Agreement.AGREES,
@@ -915,7 +940,7 @@ class Part(msgspec.Struct, frozen=True):
 
 
 def explain_parts(utterance: Utterance, cell: Cell) -> tuple[Ratio, list[Part]]:
-    """(the utterance's part of the cell's cost, what each payer pays of the utterance); the parts sum to its cost."""
+    """(the utterance's part of the cell's cost, what each payer pays of it); what they pay sums to its cost."""
     if cell.split == "own":
         payers = [payer for payer in cell.payers if payer.user_id == utterance.user_id]
     else:
@@ -939,9 +964,15 @@ class IdentityFacts:
     lifecycle: list[LifecycleRow] = field(default_factory=list)
 
     @property
-    def counting(self) -> UsageRow | LifecycleRow:
+    def rows(self) -> list[Row]:
+        """Every occurrence, in the order of the log."""
+        rows: list[Row] = [*self.usage, *self.lifecycle]
+        return sorted(rows, key=lambda row: (row.partition, row.offset))
+
+    @property
+    def counting(self) -> Row:
         """The occurrence with the smallest (partition, offset)."""
-        return min((*self.usage, *self.lifecycle), key=lambda row: (row.partition, row.offset))
+        return self.rows[0]
 
 
 def explain_occurrences(facts: IdentityFacts) -> list[Occurrence]:
@@ -949,16 +980,21 @@ def explain_occurrences(facts: IdentityFacts) -> list[Occurrence]:
     counting = facts.counting
     said = body_digest(_event_of(counting))
     found = []
-    for row in sorted((*facts.usage, *facts.lifecycle), key=lambda row: (row.partition, row.offset)):
+    for row in facts.rows:
         event = _event_of(row)
-        what = "utterance" if isinstance(event, Usage) else event.kind.name.lower()
+        what = event.kind.name.lower() if isinstance(event, Lifecycle) else "utterance"
         found.append(
             Occurrence(
-                row.partition, row.offset, row.appended_at_ms, what, row is counting, body_digest(event) == said
+                row.partition,
+                row.offset,
+                row.appended_at_ms,
+                what,
+                row is counting,
+                body_digest(event) == said,
             )
         )
     return found
 
 
-def _event_of(row: UsageRow | LifecycleRow):  # type: ignore[no-untyped-def]
+def _event_of(row: Row) -> Event:
     return row.usage if isinstance(row, UsageRow) else row.lifecycle

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from metering.explain import AccountSum, IdentityFacts, Line, Posting
+from metering.reconcile import without_zeros
+from metering.resettle import recompute
 from schemas.events import Lifecycle, LifecycleKind, Usage
 from schemas.records import RequestRecord
 from schemas.rows import LifecycleRow, UsageRow
@@ -51,7 +53,8 @@ _LIFECYCLE_COLUMNS = (
 )
 
 _LIFECYCLE_SOURCE = (
-    "scope, source, id, time_ms, kind, user_id, session_id, room_id, partition, offset, appended_at_ms, precedence"
+    "scope, source, id, time_ms, kind, user_id, session_id, room_id, partition, offset, appended_at_ms, "
+    "precedence"
 )
 
 
@@ -94,7 +97,13 @@ class ScopeEnd(NamedTuple):
 
 
 class ExplainArchive(ArchiveChecks):
-    """What only an explanation asks. Blocks and raises as its base does; not thread-safe."""
+    """What only an explanation asks. Blocks and raises as its base does; not thread-safe.
+
+    `last_entry_read` bounds what is read of cells: entries up to it are stored whole, so that several questions
+    about one cell speak of the same lines, however many are being stored meanwhile.
+    """
+
+    last_entry_read = 2**62
 
     # The ledger ---------------------------------------------------------------------------------------
 
@@ -105,6 +114,10 @@ class ExplainArchive(ArchiveChecks):
             f"AND seq IN ({seq - 1}, {seq}, {seq + 1}) AND {self.line_counts}"
         )
         return {row[1]: Line(*row) for row in rows}
+
+    def stored_entry(self) -> int:
+        """The last outbox entry that the ledger has whole. Rows from before that was noted count all."""
+        return self.last_complete_entry() or self.last_entry()[0]
 
     def last_seq(self, account: str) -> int:
         """The number of the account's last line that counts; 0 when it has none."""
@@ -124,7 +137,7 @@ class ExplainArchive(ArchiveChecks):
     def cell_sums(self, cell: str) -> list[AccountSum]:
         """What the ledger has of a cell, account by account."""
         rows = self._rows(
-            f"SELECT account, sum(change_us), count(), min(seq), max(seq) FROM ({self._cell_lines(cell)}) "
+            f"SELECT account, sum(moved_us), count(), min(seq), max(seq) FROM ({self._cell_lines(cell)}) "
             "GROUP BY account ORDER BY account"
         )
         return [AccountSum(account, int(change), *map(int, rest)) for account, change, *rest in rows]
@@ -133,17 +146,20 @@ class ExplainArchive(ArchiveChecks):
         """The postings of a cell, in the order in which they were made."""
         rows = self._rows(
             f"""
-            SELECT entry, revision, reason = 'resettle' AS correction, min(posted_at_ms), count(), sum(change_us)
-            FROM ({self._cell_lines(cell)}) GROUP BY entry, revision, correction ORDER BY entry, revision
+            SELECT in_entry, at_revision, correction, min(at_ms), count(), sum(moved_us)
+            FROM ({self._cell_lines(cell)})
+            GROUP BY in_entry, at_revision, correction ORDER BY in_entry, at_revision
             """
         )
-        return [Posting(entry, revision, bool(correction), *rest) for entry, revision, correction, *rest in rows]
+        return [
+            Posting(entry, revision, bool(correction), *rest) for entry, revision, correction, *rest in rows
+        ]
 
     def _cell_lines(self, cell: str) -> str:
         return f"""
-            SELECT account, seq, any(change_us) AS change_us, any(entry) AS entry, any(revision) AS revision,
-                any(toString(reason)) AS reason, any(posted_at_ms) AS posted_at_ms
-            FROM {self._database}.ledger WHERE cell_id = {quoted(cell)} AND {self.line_counts}
+            SELECT account, seq, any(change_us) AS moved_us, any(entry) AS in_entry, any(revision) AS at_revision,
+                any(reason = 'resettle') AS correction, any(posted_at_ms) AS at_ms
+            FROM {self._database}.ledger WHERE cell_id = {quoted(cell)} AND {self._is_read}
             GROUP BY account, seq
         """
 
@@ -151,12 +167,16 @@ class ExplainArchive(ArchiveChecks):
         """An account's lines of a cell, in order."""
         rows = self._rows(
             f"SELECT {_LINE_COLUMNS} FROM {self._database}.ledger WHERE account = {quoted(account)} "
-            f"AND cell_id = {quoted(cell)} AND {self.line_counts} ORDER BY seq LIMIT 1 BY seq "
+            f"AND cell_id = {quoted(cell)} AND {self._is_read} ORDER BY seq LIMIT 1 BY seq "
             f"LIMIT {LINES_AT_MOST + 1}"
         )
         if len(rows) > LINES_AT_MOST:
             raise TooMuch(f"{account} has more than {LINES_AT_MOST} lines in {cell}")
         return [Line(*row) for row in rows]
+
+    @property
+    def _is_read(self) -> str:
+        return f"entry <= {self.last_entry_read} AND {self.line_counts}"
 
     def request(self, request_id: str) -> RequestRecord | None:
         """The archived result of a money command."""
@@ -182,7 +202,7 @@ class ExplainArchive(ArchiveChecks):
 
     def cell_usage(self, scope: str, window_start_ms: int) -> list[UsageRow]:
         """The utterances of a cell that count."""
-        # All occurrences of whatever has one in the window: another one, with a smaller position, may lie elsewhere.
+        # All occurrences of whatever has one in the window: one with a smaller position may lie elsewhere.
         condition = (
             f"scope = {quoted(scope)} AND (source, id) IN (SELECT source, id FROM {self._database}.usage_events "
             f"WHERE scope = {quoted(scope)} AND window_start_ms = {window_start_ms})"
@@ -226,7 +246,9 @@ class ExplainArchive(ArchiveChecks):
     ) -> list[tuple[str, str, str]]:
         """(scope, source, id) of the utterances with these names, at most FOUND_AT_MOST + 1."""
         named = {"utterance_id": utterance_id, "source": source, "id": id, "scope": scope}
-        condition = " AND ".join(f"{name} = {quoted(text)}" for name, text in named.items() if text is not None)
+        condition = " AND ".join(
+            f"{name} = {quoted(text)}" for name, text in named.items() if text is not None
+        )
         rows = self._rows(
             f"SELECT DISTINCT scope, toString(source), id FROM {self._database}.usage_events WHERE {condition} "
             f"ORDER BY ALL LIMIT {FOUND_AT_MOST + 1}"
@@ -248,8 +270,10 @@ class ExplainArchive(ArchiveChecks):
         )
 
     def letters_naming(self, topic: str, *texts: str) -> list[NamingLetter]:
-        """The newest dead letters of a topic whose bytes contain all of the texts."""
-        contains = " AND ".join(f"position(ifNull(value, ''), {quoted(text)}) > 0" for text in texts)
+        """The newest dead letters of a topic whose bytes contain all of the texts, as JSON has them."""
+        contains = " AND ".join(
+            f"position(ifNull(value, ''), {quoted(chr(34) + text + chr(34))}) > 0" for text in texts
+        )
         rows = self._client.query(
             f"""
             SELECT topic, partition, offset, toString(reason), detail, ifNull(value, ''), appended_at_ms
@@ -275,7 +299,7 @@ class ExplainArchive(ArchiveChecks):
                 SELECT window_start_ms, account, sum(change_us) AS sum_us, count() AS lines
                 FROM (
                     SELECT window_start_ms, account, seq, any(change_us) AS change_us
-                    FROM {self._database}.ledger WHERE scope = {quoted(scope)} AND {self.line_counts}
+                    FROM {self._database}.ledger WHERE scope = {quoted(scope)} AND {self._is_read}
                     GROUP BY window_start_ms, account, seq
                 )
                 GROUP BY window_start_ms, account
@@ -293,6 +317,32 @@ class ExplainArchive(ArchiveChecks):
             f"FROM {self._database}.settlements FINAL WHERE scope = {quoted(scope)} AND {self.line_counts}"
         )
         return ScopeEnd(*rows[0]) if rows else None
+
+    def differing_windows(self, scope: str, windows: Sequence[int]) -> list[int]:
+        """Which of these windows, in order, the ledger has another amount of than the stored events come to."""
+        if not windows:
+            return []
+        first, wanted = windows[0], frozenset(windows)
+        posted = self._rows(
+            f"""
+            SELECT scope, window_start_ms, account, sum(change_us)
+            FROM (
+                SELECT scope, window_start_ms, account, seq, any(change_us) AS change_us
+                FROM {self._database}.ledger
+                WHERE scope = {quoted(scope)} AND window_start_ms >= {first} AND {self._is_read}
+                GROUP BY scope, window_start_ms, account, seq
+            )
+            GROUP BY scope, window_start_ms, account
+            """
+        )
+        found = []
+        for facts in self.read(f"scope = {quoted(scope)}", {}, first, 2**62, posted):
+            cells = recompute(facts, self._card, self._presence_max_ms)
+            for window in sorted((facts.posted.keys() | cells.keys()) & wanted):
+                vector = cells[window].vector if window in cells else {}
+                if without_zeros(vector) != without_zeros(facts.posted.get(window, {})):
+                    found.append(window)
+        return found
 
     def newest_usage_windows(self, scope: str, limit: int) -> list[int]:
         """The newest windows in which the scope has stored usage, in order."""
