@@ -376,8 +376,7 @@ class _Explaining:
             raise CommandError(self._no_line(asked))
         chain = judge_chain(line, near.get(line.seq - 1), near.get(line.seq + 1))
         if not line.cell_id:
-            command = self._command(line.request_id)
-            # Lines of an account that no command names (there is none today) would have no result either.
+            command = self._command(line.request_id) if line.request_id else None
             judged = worst([*(command.judgements if command else []), chain])
             return LineExplained(judged.agreement, judged.why, line, chain, command=command)
         self._require_rates(line.rate_version)
@@ -484,7 +483,10 @@ class _Explaining:
 
     def _name(self, asked: AskedName) -> Explained:
         by_utterance = AskedUtterance(utterance_id=asked.name, scope=asked.scope)
-        explained = self._utterance(by_utterance) or self._request(asked.name)
+        utterance = self._utterance(by_utterance)
+        # That refused bytes contain the name says less than a command that has it.
+        found = utterance is not None and bool(utterance.events)
+        explained = utterance if found else self._request(asked.name) or utterance
         if explained is None:
             raise CommandError(
                 f"nothing is known of {asked.name!r}: no utterance, no money command and no dead letter has this id"
@@ -512,7 +514,7 @@ class _Explaining:
             return None
         events = [self._event(self._archive.identity(*identity)) for identity in identities]
         judged = worst(
-            [Judgement(Agreement.AGREES, "it was refused, so nobody paid for it")]
+            [Judgement(Agreement.AGREES, _refused(letters, "nobody paid for it"))]
             if not events
             else [
                 each.cell.judgement
@@ -562,7 +564,7 @@ class _Explaining:
         judged = (
             command.judgement
             if command is not None
-            else Judgement(Agreement.AGREES, "it was refused, so it moved nothing")
+            else Judgement(Agreement.AGREES, _refused(letters, "it moved nothing"))
         )
         return CommandExplained(judged.agreement, judged.why, command, letters)
 
@@ -667,6 +669,12 @@ def _scope_explained(
         in_all,
         cells,
     )
+
+
+def _refused(letters: list[Letter], so: str) -> str:
+    if any(letter.named for letter in letters):
+        return f"it was refused, so {so}"
+    return "nothing that was accepted has this name; refused bytes contain it"
 
 
 def _texts(stored: Any) -> dict[str, str]:

@@ -392,6 +392,17 @@ def test_a_resettle_is_explained_by_what_it_brought() -> None:
     assert "a later resettle put it right" in change.judgement.why
 
 
+def test_what_came_after_a_resettle_waits_for_the_next_one() -> None:
+    """What a resettle knew is not recorded: that the ledger is an earlier state of the cell tells it."""
+    flow, lines = corrected()
+    flow.add(usage("later", room=None, gpu=0), settled=False)
+    found = explain_cell(flow.cell(START_MS, lines), progress(**FROZEN), CARD).judgement
+    assert (found.agreement, found.why) == (
+        Agreement.NOT_SETTLED,
+        "1 events came late: the next resettle charges them",
+    )
+
+
 def test_who_left_the_split_has_lines_and_no_part() -> None:
     """A `left` that came after the first posting takes a member back to zero."""
     flow = Flow()
