@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -208,7 +209,7 @@ class _Shown:
             )
 
     def _utterances(self, utterances: Sequence[Utterance]) -> None:
-        table = Table(title=f"Utterances ({len(utterances)}): ms x us per ms", title_justify="left")
+        table = _table(f"Utterances ({len(utterances)}), ms x us per ms")
         for heading in ("utterance", "time (UTC)", "user", "node"):
             table.add_column(heading, overflow="fold")
         for heading in ("asr", "nmt", "tts", "cost, us", "gpu", "credit, us"):
@@ -239,7 +240,7 @@ class _Shown:
         )
 
     def _payers(self, cell: Cell, line: Line | None) -> None:
-        table = Table()
+        table = _table()
         table.add_column("payer", overflow="fold")
         table.add_column("why", overflow="fold")
         room = cell.split == "equal"
@@ -290,7 +291,7 @@ class _Shown:
         self._utterances([utterance])
         part = event.part_of_cell
         self._say(f"It is {part.numerator}/{part.denominator} of the cost of cell {cell.cell_id}")
-        table = Table(title="Who pays for it", title_justify="left")
+        table = _table("Who pays for it")
         table.add_column("payer", overflow="fold")
         for heading in ("of this utterance, us", "min", "of the cell, us", "ledger, us"):
             table.add_column(heading, justify="right")
@@ -338,7 +339,7 @@ class _Shown:
                 f"  outcome {command.outcome}, moved {amount(command.amount_us)}, left {amount(command.balance_us)}"
             )
         self._say(f"  by {command.actor}: {command.note}")
-        table = Table()
+        table = _table()
         table.add_column("line", overflow="fold")
         for heading in ("change, min", "change, us", "before, us", "after, us"):
             table.add_column(heading, justify="right")
@@ -359,7 +360,7 @@ class _Shown:
             how = "ended" if explained.ended == "ended" else "over, by its silence"
             end = f"{how}, recorded {instant(explained.ended_at_ms)} UTC"
         self._head(f"{explained.scope}   {count(explained.cells_in_all, 'cell')} in the ledger, {end}")
-        table = Table()
+        table = _table()
         table.add_column("cell", overflow="fold")
         table.add_column("window (UTC)")
         for heading in ("charged, min", "charged, us", "nodes, us", "platform, us", "payers", "lines"):
@@ -412,6 +413,10 @@ def _judgements(explained: Explained) -> list[Judgement]:
     if isinstance(explained, CommandExplained):
         return explained.command.judgements if explained.command else []
     return []
+
+
+def _table(title: str | None = None) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
 
 
 def _account(payer: Payer) -> str:
