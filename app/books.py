@@ -154,6 +154,21 @@ def _log_record(log: LogIdentity, generation: int) -> dict[str, str]:
 def register_rates(client: redis.Redis, card: RateCard) -> None:
     """Remember every version in use, so that none is ever edited, dropped, or slipped in under the fence."""
     fence_ms = int(client.get(redis_keys.FENCE) or 0)
+    known = check_rates(client, card)
+    mine = {version.effective_from_ms: _rates_text(version) for version in card.versions}
+    new = {start: rates for start, rates in mine.items() if start not in known}
+    for effective_from_ms in sorted(new):
+        if known and effective_from_ms < fence_ms:
+            raise BooksDiffer(
+                f"rate card: the new version of {format_rfc3339_ms(effective_from_ms)} would change windows that "
+                f"are frozen (before {format_rfc3339_ms(fence_ms)}); give it a later effective_from"
+            )
+    if new:
+        client.hset(redis_keys.RATE_VERSIONS, mapping=new)  # type: ignore[arg-type]
+
+
+def check_rates(client: redis.Redis, card: RateCard) -> dict[int, str]:
+    """Make sure that the card has every version in use as it is; returns them. Changes nothing."""
     known = {int(key): rates for key, rates in _read_hash(client, redis_keys.RATE_VERSIONS).items()}
     mine = {version.effective_from_ms: _rates_text(version) for version in card.versions}
     for effective_from_ms, rates in sorted(known.items()):
@@ -167,15 +182,7 @@ def register_rates(client: redis.Redis, card: RateCard) -> None:
                 f"rate card: the version of {name} was edited ({rates} became {mine[effective_from_ms]}); "
                 "a version is never edited, only superseded by one with a later effective_from"
             )
-    new = {start: rates for start, rates in mine.items() if start not in known}
-    for effective_from_ms in sorted(new):
-        if known and effective_from_ms < fence_ms:
-            raise BooksDiffer(
-                f"rate card: the new version of {format_rfc3339_ms(effective_from_ms)} would change windows that "
-                f"are frozen (before {format_rfc3339_ms(fence_ms)}); give it a later effective_from"
-            )
-    if new:
-        client.hset(redis_keys.RATE_VERSIONS, mapping=new)  # type: ignore[arg-type]
+    return known
 
 
 def _read_hash(client: redis.Redis, key: str) -> dict[str, str]:

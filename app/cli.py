@@ -407,6 +407,74 @@ def bill(
         _say(f"{scope} has no charges")
 
 
+@app.command()
+def explain(
+    thing: Annotated[
+        str | None,
+        typer.Argument(
+            help="user/u-5#12 (a ledger line), room/r-9@1767225600000 (a cell; an instant in it will do), "
+            "room/r-9, or the id of an utterance or a money command",
+            show_default=False,
+        ),
+    ] = None,
+    seq: Annotated[
+        str | None, typer.Argument(help="number of the line, after an account", show_default=False)
+    ] = None,
+    *,
+    cell: Annotated[str | None, typer.Option(help="a cell, as the ledger names it")] = None,
+    utterance: Annotated[str | None, typer.Option(help="an utterance by its id")] = None,
+    source: Annotated[str | None, typer.Option(help="source of an event, with --id")] = None,
+    event_id: Annotated[str | None, typer.Option("--id", help="id of an event, with --source")] = None,
+    request: Annotated[str | None, typer.Option(help="a money command by its request id")] = None,
+    scope: Annotated[str | None, typer.Option(help="look for the utterance only there: room/r-9")] = None,
+    every_row: Annotated[bool, typer.Option("--all", help="show every row of long tables")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Explain a charge: ledger line, cell, utterances, rates, payers, remainder; or who paid for an utterance.
+
+    It computes everything again as it explains, and says whether the ledger agrees. Exit code 1 when it does not;
+    "not settled yet" is no disagreement.
+    """
+    from app import explain as explaining
+    from schemas.settings import load_settings
+
+    named = [text for text in (thing, cell, utterance, request, source or event_id) if text is not None]
+    if len(named) != 1 or (source is None) is not (event_id is None):
+        raise CommandError(
+            "explain one thing: user/u-5#12, room/r-9@1767225600000, room/r-9, an id, or --source with --id",
+            exit_code=2,
+        )
+    for text in (thing, seq, cell, utterance, source, event_id, request, scope):
+        _require_text(text)
+    asked: explaining.Asked
+    if scope is not None:
+        explaining.required_scope(scope)
+    if thing is not None:
+        asked = explaining.recognise(thing, seq, scope)
+    elif cell is not None:
+        asked = explaining.asked_cell(cell)
+    elif request is not None:
+        asked = explaining.AskedRequest(request)
+    else:
+        asked = explaining.AskedUtterance(utterance, source, event_id, scope)
+    explained = explaining.explain(load_settings(), asked)
+    if as_json:
+        sys.stdout.buffer.write(explaining.to_json(explained))
+        sys.stdout.buffer.flush()
+    else:
+        from app.explain_text import show
+
+        show(explained, _console(), every_row=every_row)
+    raise SystemExit(explaining.exit_code(explained))
+
+
+def _require_text(text: str | None) -> None:
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise CommandError(f"{text!r} is no name: it is not UTF-8", exit_code=2) from None
+
+
 @app.command(name="topup")
 def top_up(
     account: AccountArgument,
@@ -513,8 +581,12 @@ def _print_json(records: list[Any]) -> None:
 
 
 def _print_table(table: Any) -> None:
+    _console().print(table)
+
+
+def _console() -> Any:
     from rich.console import Console
 
     console = Console()
     # A pipe has no width of its own; nothing may be cut off there.
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
+    return console if console.is_terminal else Console(width=200)

@@ -44,14 +44,17 @@ def scope_ids(scope: str) -> tuple[str, str]:
     return scope[len(SESSION_PREFIX) :], ""
 
 
+def remainder_key(cell: str, user_id: str) -> bytes:
+    """Whose digest sorts first pays a microsecond of what the division leaves over; sorts as its hex text does."""
+    return sha256(f"{cell}|{user_id}".encode()).digest()
+
+
 def split_equally(cell: str, total_us: int, payers: Collection[str]) -> dict[str, int]:
     """What each of `payers` (user ids, at least one) owes of `total_us` (not negative)."""
     share, left_over = divmod(total_us, len(payers))
     owed = dict.fromkeys(payers, share)
     if left_over:
-        for user_id in nsmallest(
-            left_over, payers, key=lambda user_id: sha256(f"{cell}|{user_id}".encode()).digest()
-        ):
+        for user_id in nsmallest(left_over, payers, key=lambda user_id: remainder_key(cell, user_id)):
             owed[user_id] += 1
     return owed
 

@@ -18,12 +18,22 @@ fence only one at or after the latest join matters, which the latest end decides
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from typing import NamedTuple
 
 from schemas.events import LifecycleKind
 
 PRESENCE_MAX_MS = 12 * 3_600_000
 
 Times = dict[str, list[int]]
+
+
+class Stay(NamedTuple):
+    """What one `joined` covers: [joined_ms, until_ms), and what ends it."""
+
+    joined_ms: int
+    until_ms: int
+    ended_by: LifecycleKind | None
+    """LEFT or CLOSED; None for `presence_max`."""
 
 
 class Presence:
@@ -89,21 +99,41 @@ class Presence:
             self._cache[window_start] = cached
         return cached
 
+    def stay(self, user_id: str, window_start: int, window_end: int) -> Stay | None:
+        """Why the user is among the members of the window: the latest `joined` that makes it so, and how far it
+        reaches; None for who is not. Exact where `members` is, its end only without a fence."""
+        joined = self._joined_for(user_id, window_start, window_end)
+        if joined is None:
+            return None
+        until = self._covered_until(user_id, joined)
+        for kind, ends in (
+            (LifecycleKind.LEFT, self._lefts.get(user_id, ())),
+            (LifecycleKind.CLOSED, self._closed),
+        ):
+            index = bisect_left(ends, until)
+            if index < len(ends) and ends[index] == until:
+                return Stay(joined, until, kind)
+        return Stay(joined, until, None)
+
     def _present(self, user_id: str, start: int, end: int) -> bool:
+        return self._joined_for(user_id, start, end) is not None
+
+    def _joined_for(self, user_id: str, start: int, end: int) -> int | None:
+        """The latest `joined` that makes the user present during a part of [start, end)."""
         joins = self._joins.get(user_id, ())
         for index in range(bisect_left(joins, end) - 1, -1, -1):
             joined = joins[index]
             if self._covered_until(user_id, joined) > max(start, joined):
-                return True
+                return joined
             if joined <= start:
-                return False
+                return None
         joined_below = self._join_below.get(user_id)
         if joined_below is None:
-            return False
+            return None
         for ended_below in (self._closed_below, self._end_below.get(user_id)):
             if ended_below is not None and ended_below >= joined_below:
-                return False
-        return self._covered_until(user_id, joined_below) > max(start, joined_below)
+                return None
+        return joined_below if self._covered_until(user_id, joined_below) > max(start, joined_below) else None
 
     def _covered_until(self, user_id: str, joined: int) -> int:
         until = joined + self.presence_max_ms

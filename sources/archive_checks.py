@@ -366,14 +366,15 @@ class ArchiveChecks(ClickHouseArchive):
     def _rates_sql(self) -> str:
         return f"arrayLast(starts_ms -> starts_ms <= time_ms, [{', '.join(map(str, self._rates_from_ms))}])"
 
-    def _counting_usage(self, condition: str) -> str:
+    def _counting_usage(self, condition: str, *more_columns: str) -> str:
         """The usage rows that count: one of an identity, unless a lifecycle event came earlier."""
+        more = "".join(f", {column}" for column in more_columns)
         return f"""
             SELECT events.*
             FROM (
                 SELECT scope, source, id, window_start_ms, time_ms, user_id, toString(node_id) AS node_id,
                     asr_time_ms, nmt_time_ms, tts_time_ms, gpu_active_time_ms, cost_us, credit_us,
-                    toString(rate_version) AS rate_version, partition, offset, appended_at_ms, precedence
+                    toString(rate_version) AS rate_version, partition, offset, appended_at_ms, precedence{more}
                 FROM {self._database}.usage_events FINAL WHERE {condition} {FINAL_SETTINGS}
             ) AS events
             LEFT JOIN ({self._claims("lifecycle_events", "usage_events", condition)}) AS claims

@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 
 COMMANDS = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
-PLANNED = {"explain"}
+PLANNED: set[str] = set()
 """Named as "not yet" until they exist."""
 
 

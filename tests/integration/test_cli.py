@@ -159,6 +159,19 @@ def test_output_into_a_closed_pipe_is_no_error_message() -> None:
             "metering: 'anna' is no account: it is user/<id>, node/<id> or platform/<name>",
         ),
         (("bill", "r-9"), "metering: 'r-9' is no scope: it is room/<id> or session/<id>"),
+        (("explain", "user/u-1"), "metering: which line of user/u-1? user/u-1#1 is its first"),
+        (("explain", "user/u-1", "x"), "metering: 'x' is no number of a ledger line"),
+        (("explain", "user/u-1#0"), "metering: '0' is no number of a ledger line"),
+        (("explain", "anna/1"), "metering: 'anna/1' is nothing that can be explained"),
+        (
+            ("explain", "room/r@61000"),
+            "metering: 61000 is no start of a window: the one that holds it starts",
+        ),
+        (("explain", "--cell", "room/r"), "metering: 'room/r' is no cell"),
+        (("explain", "--utterance", "u", "--scope", "r"), "metering: 'r' is no scope"),
+        (("explain",), "metering: explain one thing"),
+        (("explain", "u-1", "--source", "s"), "metering: explain one thing"),
+        (("explain", "--id", "s"), "metering: explain one thing"),
         (("topup", "user/u-1", "ten"), "metering: 'ten' is no number of minutes"),
         (("topup", "user/u-1", "NaN"), "metering: 'NaN' minutes are no amount of a single command"),
         (("topup", "user/u-1", "1e99"), "metering: '1e99' minutes are no amount of a single command"),
@@ -216,6 +229,7 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(setting: str, value: str, w
         (("balance", "user/u-1"), "Redis does not answer: "),
         (("statement", "user/u-1"), "METERING_CLICKHOUSE=http://127.0.0.1:1: "),
         (("bill", "room/r-1"), "METERING_CLICKHOUSE=http://127.0.0.1:1: "),
+        (("explain", "user/u-1#1"), "METERING_CLICKHOUSE=http://127.0.0.1:1: "),
         (("migrate",), "METERING_CLICKHOUSE=http://127.0.0.1:1: "),
     ],
 )
@@ -235,6 +249,6 @@ def test_help_lists_the_commands() -> None:
     shown = metering("--help").stdout.decode()
     for command in (
         *("generate", "settle", "emit", "up", "migrate", "adopt-log"),
-        *("balance", "statement", "bill", "topup", "demo"),
+        *("balance", "statement", "bill", "explain", "topup", "demo"),
     ):
         assert command in shown

@@ -5,7 +5,21 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
+
+import metering.explain
 from app.cli import app
+from app.explain import (
+    CellExplained,
+    CommandExplained,
+    EventExplained,
+    Letter,
+    LineExplained,
+    ScopeCell,
+    ScopeExplained,
+    UtteranceExplained,
+)
+from metering.explain import Agreement
 from schemas import redis_keys, topics
 from schemas.alerts import ALERT_MODELS
 from schemas.cloudevents import EVENT_MODELS
@@ -77,3 +91,23 @@ def test_commands() -> None:
     assert named == {
         command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands
     }
+
+
+def test_explanations() -> None:
+    """Every kind, every word of agreement, and every field of every object that an explanation may have."""
+    text = section("Explanations")
+    kinds = [LineExplained, CellExplained, UtteranceExplained, CommandExplained, ScopeExplained]
+    words = {str(kind.__struct_config__.tag) for kind in kinds} | {each.value for each in Agreement}
+    assert words <= first_cells(text)
+    structs: list[type[msgspec.Struct]] = [*kinds, EventExplained, ScopeCell, Letter]
+    structs += [
+        thing
+        for thing in vars(metering.explain).values()
+        if isinstance(thing, type)
+        and issubclass(thing, msgspec.Struct)
+        and thing.__module__ == metering.explain.__name__
+    ]
+    assert len(structs) > 20
+    for struct in structs:
+        for name in struct.__struct_fields__:
+            assert f"`{name}`" in text, f"{struct.__name__}.{name}"

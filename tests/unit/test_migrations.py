@@ -43,7 +43,8 @@ def test_each_file_is_one_statement_that_may_run_again(one: Migration) -> None:
     assert ";" not in code
     assert re.match(
         r"\s*(CREATE (TABLE IF NOT EXISTS|VIEW IF NOT EXISTS|OR REPLACE VIEW) \{database\}\."
-        r"|ALTER TABLE \{database\}\.[a-z_]+\s+ADD COLUMN IF NOT EXISTS )",
+        r"|ALTER TABLE \{database\}\.[a-z_]+\s+"
+        r"(ADD (COLUMN|INDEX) IF NOT EXISTS|MATERIALIZE INDEX IF EXISTS) )",
         code,
     )
     assert "MATERIALIZED VIEW" not in code.upper()
