@@ -148,7 +148,11 @@ class _Shown:
             counted = "resettle" if line.is_correction else "revision"
             place = f"cell {line.cell_id}, {counted} {line.revision}, {place}"
         self._say(f"  {place}")
-        # What else a line carries (how a charge was split over grants) belongs here.
+        for grant_id, change_us in line.grants.items():
+            self._say(f"  grant {grant_id}: {amount(change_us, sign=True)}")
+        if line.grants and line.cell_id:
+            rest_us = line.change_us - sum(line.grants.values())
+            self._say(f"  rest of the balance: {amount(rest_us, sign=True)}")
         if explained.cell is not None:
             self._say()
             self._cell(explained.cell, line)

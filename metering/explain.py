@@ -107,6 +107,8 @@ class Line(msgspec.Struct, frozen=True):
     note: str
     epoch: int
     entry: int
+    grants: dict[str, int] = {}
+    """By how much (us) it changed what is left of each grant."""
 
     @property
     def is_correction(self) -> bool:

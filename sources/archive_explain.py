@@ -35,7 +35,7 @@ OCCURRENCES_AT_MOST = 1_000
 
 _LINE_COLUMNS = (
     "account, seq, posted_at_ms, toString(reason), change_us, balance_before_us, balance_after_us, cell_id, "
-    "revision, rate_version, request_id, actor, note, epoch, entry"
+    "revision, rate_version, request_id, actor, note, epoch, entry, grants"
 )
 
 _USAGE_COLUMNS = (

@@ -1,4 +1,5 @@
-"""How an explanation looks, what long tables leave out, and that what comes from outside cannot act on a terminal."""
+"""How an explanation looks, what long tables leave out, and that what comes from outside cannot act on a
+terminal."""
 
 from __future__ import annotations
 
