@@ -204,7 +204,8 @@ class Sender:
         # First stored, then passed: a kill in between sets it aside twice.
         self._spool.set_aside(reason, record, self._now_ms())
         self._spool.acknowledge(record.end, 1)
-        self._alone = max(0, self._alone - 1)
+        # The one that was looked for is found.
+        self._alone = 0
         _logger.error("an event was set aside: %s; its bytes are in aside.jsonl in the spool", reason)
         self._on_set_aside(reason, record)
 
