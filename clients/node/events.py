@@ -10,13 +10,12 @@ the future after a clock was ahead for a moment, and usage from the future is re
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
 from collections.abc import Mapping
-
-from ulid import ULID
+from functools import lru_cache
+from json.encoder import encode_basestring
 
 USAGE = "lingua.usage.utterance.v1"
 SESSION_STARTED = "lingua.session.started.v1"
@@ -35,9 +34,13 @@ _LAST_MS = 253_402_300_799_999
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _RANDOM_BITS = 80
+_RANDOM_BYTES = 10
+_RANDOM_BYTES_AT_ONCE = 4_000
 _NS_PER_MS = 1_000_000
 
-_encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+_BASE_32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+_PAIRS = [high + low for high in _BASE_32 for low in _BASE_32]
+"""Crockford's digits, two at a time: a ULID is 13 of these."""
 
 
 def checked_id(name: str, value: object) -> str:
@@ -85,23 +88,32 @@ def scope_of(session_id: str | None, room_id: str | None) -> str:
 def rfc3339(time_ms: int) -> str:
     """Milliseconds since the Unix epoch as `YYYY-MM-DDTHH:MM:SS.mmmZ`. Clamped to the years 1970 to 9999."""
     second, ms = divmod(min(max(time_ms, 0), _LAST_MS), 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(second))}.{ms:03}Z"
+    return f"{_second(second)}.{ms:03}Z"
+
+
+@lru_cache(maxsize=4)
+def _second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 def encode(
     kind: str, event_id: str, source: str, scope: str, time_ms: int, data: Mapping[str, str | int | None]
 ) -> bytes:
-    """The event as one line of JSON without its line break. Fields of `data` that are None are left out."""
-    return _encode_json(
-        {
-            "specversion": "1.0",
-            "id": event_id,
-            "source": source,
-            "type": kind,
-            "subject": scope,
-            "time": rfc3339(time_ms),
-            "data": {name: value for name, value in data.items() if value is not None},
-        }
+    """The event as one line of JSON without its line break. Fields of `data` that are None are left out.
+
+    Written out by hand, which takes a quarter of what the encoder takes: only the texts in `data` can have
+    characters that need an escape, everything else is checked, a number, or ours.
+    """
+    fields = ",".join(
+        [
+            f'"{name}":{value}' if isinstance(value, int) else f'"{name}":{encode_basestring(value)}'
+            for name, value in data.items()
+            if value is not None
+        ]
+    )
+    return (
+        f'{{"specversion":"1.0","id":"{event_id}","source":"{source}","type":"{kind}","subject":"{scope}",'
+        f'"time":"{rfc3339(time_ms)}","data":{{{fields}}}}}'
     ).encode()
 
 
@@ -110,12 +122,16 @@ class EventIds:
 
     def __init__(self) -> None:
         self._last = 0
+        self._random = memoryview(b"")
 
     def next(self, now_ms: int) -> str:
         """An id greater than all before it, with the time `now_ms`, or a later one that was used already."""
-        number = min(max(now_ms, 0), _LAST_MS) << _RANDOM_BITS | int.from_bytes(os.urandom(10), "big")
+        if not self._random:
+            self._random = memoryview(os.urandom(_RANDOM_BYTES_AT_ONCE))
+        random, self._random = self._random[:_RANDOM_BYTES], self._random[_RANDOM_BYTES:]
+        number = min(max(now_ms, 0), _LAST_MS) << _RANDOM_BITS | int.from_bytes(random, "big")
         # Of the same millisecond, or of a clock that went back: count on from the last one.
         if number >> _RANDOM_BITS <= self._last >> _RANDOM_BITS:
             number = self._last + 1
         self._last = number
-        return str(ULID.from_bytes(number.to_bytes(16, "big")))
+        return "".join([_PAIRS[(number >> shift) & 1023] for shift in range(120, -1, -10)])

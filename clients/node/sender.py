@@ -8,9 +8,11 @@ The laws.
    has of one producer is a prefix, per partition, of what was given to it. Whatever fails, the producer is
    thrown away, and a new one starts at the first message that is not acknowledged. So a message may come
    twice, but its first occurrence is never before that of one that was made earlier.
-3. While the broker is away the client library reconnects with its own back-off. When nothing was acknowledged
-   for `stall_timeout_s`, the producer is replaced: one whose broker came back as another never delivers again.
-   Errors are answered with a pause that doubles, up to 30 s.
+3. When the client library says that all brokers are down, or that something failed, the producer is dropped and
+   a new one made after a pause that doubles, up to 15 s, and varies, so that a fleet of nodes does not come
+   back at one moment. (By itself it would ask a broker that hangs up twenty times a second.) When nothing was
+   acknowledged for `stall_timeout_s`, the producer is replaced, too: one whose broker came back as another
+   never delivers again.
 4. A message is set aside only when the broker refused the message itself, and nothing else was in flight. Who
    may write to which topic is no matter of the message: that is tried again until somebody repairs it.
 """
@@ -22,6 +24,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Literal
 
@@ -35,9 +38,13 @@ BATCH = 1_000
 CLOCK_AHEAD_WARNING_MS = 60_000
 """The broker refuses nothing, but metering refuses events that are 300 000 ms ahead of the broker's clock."""
 
+COMPLAINT_INTERVAL_S = 60.0
+"""Between two lines in the log about a broker that is away."""
+
 _POLL_S = 0.05
+_LAST_REPORTS_S = 2.0
 _FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 30.0
+_LONGEST_PAUSE_S = 15.0
 
 _OWN_SETTINGS: dict[str, str | int | bool] = {
     "acks": "all",
@@ -68,8 +75,6 @@ _DEFAULTS: dict[str, str | int | bool] = {
     "linger.ms": 5,
     # Small enough that a slow line shows progress well within the stall timeout.
     "batch.size": 131_072,
-    "reconnect.backoff.ms": 100,
-    "reconnect.backoff.max.ms": 10_000,
 }
 
 _REFUSED = frozenset(
@@ -115,7 +120,8 @@ class Sender:
         self._settings = {
             **producer_settings(brokers, extra),
             "error_cb": self._note_error,
-            "logger": logging.getLogger("clients.node.kafka"),
+            # It would write a line to stderr for each attempt to connect; `_note_error` is told, too.
+            "log_level": 2,
         }
         self._stall_timeout_s = stall_timeout_s
         self._now_ms = now_ms
@@ -123,6 +129,9 @@ class Sender:
         self._producer: Producer | None = None
         self._stop_at_s: float | None = None
         self._pause_s = _FIRST_PAUSE_S
+        self._complained_s: float | None = None
+        self._all_down = False
+        self._stopping = threading.Event()
         self._alone = 0
         """How many of the next messages are sent alone, to find the one that the broker does not take."""
         self.work = threading.Event()
@@ -138,6 +147,7 @@ class Sender:
     def stop_at(self, deadline_s: float) -> None:
         """Return from `run` when there is nothing to do, or at the deadline."""
         self._stop_at_s = deadline_s
+        self._stopping.set()
         self.work.set()
 
     def run(self) -> None:
@@ -188,6 +198,9 @@ class Sender:
             return
         self._drop_producer()
         if error is None:
+            # A stall has taken long enough; brokers that hang up would be asked again at once.
+            if self._all_down:
+                self._pause()
             return
         self.last_error = error.str()
         if error.code() in _REFUSED and len(whole) == 1:
@@ -210,7 +223,7 @@ class Sender:
         self._on_set_aside(reason, record)
 
     def _produce(self, batch: Sequence[Record]) -> tuple[int, KafkaError | None]:
-        """How many, from the first on, are acknowledged; and the error of the next one, None if it stalled."""
+        """How many, from the first on, are acknowledged; and the first error, None if there was none."""
         producer = self._producer or self._make_producer()
         attempt = _Attempt(len(batch))
         handed_over = 0
@@ -227,24 +240,32 @@ class Sender:
                 break
             handed_over += 1
         reports, progress_s = 0, time.monotonic()
-        while attempt.reports < handed_over and not attempt.failed:
-            producer.poll(_POLL_S)
+        while attempt.reports < handed_over and attempt.failed_s is None:
+            attempt.serve(producer)
             if attempt.reports > reports:
                 reports, progress_s = attempt.reports, time.monotonic()
             elif time.monotonic() - progress_s > self._stall_timeout_s:
                 self.last_error = self.last_error or "no answer from the broker"
                 break
-            if self._late():
+            if self._all_down or self._late():
                 break
+        # After a failure the others are about to be delivered, or to fail as well.
+        while attempt.reports < handed_over and attempt.failed_s is not None and not self._late():
+            if time.monotonic() - attempt.failed_s > _LAST_REPORTS_S:
+                break
+            attempt.serve(producer)
         if attempt.appended_ms is not None:
             self._compare_clocks(attempt.appended_ms, batch)
-        for index, outcome in enumerate(attempt.outcomes):
-            if outcome is not True:
-                return index, outcome
-        return len(batch), None
+        delivered = next(
+            (index for index, outcome in enumerate(attempt.outcomes) if outcome is not True), len(batch)
+        )
+        # What a message was refused for says more than what the producer died of.
+        errors = (outcome for outcome in attempt.outcomes if isinstance(outcome, KafkaError))
+        return delivered, next(errors, attempt.fatal)
 
     def _make_producer(self) -> Producer:
         self._producer = Producer(self._settings)
+        self._all_down = False
         self.producers_made += 1
         return self._producer
 
@@ -253,7 +274,8 @@ class Sender:
         if producer is not None:
             producer.purge()
             # Serves the reports of what was purged; they go to an attempt that is over.
-            producer.poll(0)
+            with suppress(KafkaException):
+                producer.poll(0)
 
     def _compare_clocks(self, appended_ms: int, batch: Sequence[Record]) -> None:
         """How far the newest event is ahead of the broker's clock; negative, or not known, is well."""
@@ -269,11 +291,19 @@ class Sender:
         until_s = time.monotonic() + self._pause_s * random.uniform(0.5, 1.0)
         self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
         while (left_s := until_s - time.monotonic()) > 0 and not self._late():
-            # In small steps: an order to stop must not wait for the end of the pause.
-            time.sleep(min(left_s, _POLL_S))
+            if self._stop_at_s is None:
+                self._stopping.wait(left_s)
+            else:
+                time.sleep(min(left_s, _POLL_S))
 
     def _note_error(self, error: KafkaError) -> None:
         self.last_error = error.str()
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:
+            self._all_down = True
+        now_s = time.monotonic()
+        if self._complained_s is None or now_s - self._complained_s >= COMPLAINT_INTERVAL_S:
+            self._complained_s = now_s
+            _logger.warning("Kafka: %s; %d events wait on the disk", error.str(), self._spool.events)
 
 
 class _Attempt:
@@ -282,17 +312,33 @@ class _Attempt:
     def __init__(self, size: int) -> None:
         self.outcomes: list[KafkaError | Literal[True] | None] = [None] * size
         self.reports = 0
-        self.failed = False
+        self.failed_s: float | None = None
+        """When the first failure was reported (monotonic)."""
+        self.fatal: KafkaError | None = None
+        """What the producer died of. It fails every message that it still has, at once."""
         self.appended_ms: int | None = None
         """The broker's clock when it took the last message, if it tells."""
 
+    def serve(self, producer: Producer) -> None:
+        """Wait for a report, for a moment."""
+        try:
+            producer.poll(_POLL_S)
+        except KafkaException as problem:
+            self.fatal = problem.args[0]
+            self._failed()
+
     def report(self, index: int, error: KafkaError | None, message: Message) -> None:
+        """Kafka's client calls it once a message."""
         self.reports += 1
         if error is not None:
             self.outcomes[index] = error
-            self.failed = True
+            self._failed()
             return
         self.outcomes[index] = True
         kind, time_ms = message.timestamp()
         if kind == TIMESTAMP_LOG_APPEND_TIME:
             self.appended_ms = time_ms
+
+    def _failed(self) -> None:
+        if self.failed_s is None:
+            self.failed_s = time.monotonic()

@@ -11,6 +11,7 @@ from threading import Thread
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ulid import ULID
 
 from clients.node import RefusalReason, UsageEmitter
 from clients.node.events import EventIds, whole_ms
@@ -377,6 +378,7 @@ def test_ids_grow_also_within_a_millisecond_and_when_the_clock_goes_back() -> No
     made = [ids.next(now_ms) for now_ms in [5, 5, 5, 9, 3, 3, 9, 10, 10]]
     assert made == sorted(set(made))
     assert [made[0][:10], made[3][:10], made[7][:10]] == ["0000000005", "0000000009", "000000000A"]
+    assert [ULID.from_str(each).milliseconds for each in made] == [5, 5, 5, 9, 9, 9, 9, 10, 10]
     many = [ids.next(10) for _ in range(10_000)]
     assert many == sorted(set(many))
 
