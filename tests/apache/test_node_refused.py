@@ -9,11 +9,13 @@ from pathlib import Path
 
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
+from app.migrate import create_topics
 from clients.node import UsageEmitter
 from schemas.decode import decode_event
 from schemas.events import Usage
 from schemas.settings import Settings
 from tests.support.node_client import PARTITIONS, read_topic, values
+from tests.support.processes import wait_until
 
 
 def test_a_message_that_the_broker_refuses_is_set_aside_and_overtaken_in_order(
@@ -63,3 +65,30 @@ def test_a_clock_that_is_ahead_is_seen(
             ahead_ms = emitter.stats().clock_ahead_ms
             assert ahead_ms is not None
             assert (ahead_ms > 300_000) == seen
+
+
+def test_a_topic_that_is_not_there_yet_is_waited_for(
+    settings: Settings, make_topic: Callable[[int], str], tmp_path: Path
+) -> None:
+    """It is no fault of the message: nothing is set aside, and when the topic is made everything arrives."""
+    topic = make_topic(PARTITIONS) + ".later"
+    with UsageEmitter(
+        settings.kafka,
+        "n-17",
+        tmp_path / "spool",
+        topic=topic,
+        kafka={"topic.metadata.propagation.max.ms": 500},
+    ) as emitter:
+        for number in range(20):
+            emitter.room_joined(room_id="r-1", user_id=f"u-{number}")
+        wait_until(
+            lambda: "nknown topic" in emitter.stats().last_error, "it is told that the topic is missing"
+        )
+        assert emitter.stats().spooled == 20
+        create_topics(settings.kafka, PARTITIONS, False, topics={topic: {}})
+        assert emitter.flush(60.0)
+        assert (emitter.stats().sent, emitter.stats().set_aside) == (20, 0)
+    found = values(read_topic(settings.kafka, topic, 20))
+    assert [json.loads(value)["data"]["user_id"] for value in found] == [
+        f"u-{number}" for number in range(20)
+    ]

@@ -253,25 +253,3 @@ def test_the_bill_of_emitted_events(
         ("platform/revenue", session): 8_000,
         ("user/u-3", session): -8_000,
     }
-
-
-def test_a_topic_that_is_not_there_yet_is_waited_for(
-    settings: Settings, make_topic: Callable[[int], str], tmp_path: Path
-) -> None:
-    """It is no fault of the message: nothing is set aside, and when the topic is made everything arrives."""
-    topic = make_topic(PARTITIONS) + ".later"
-    with UsageEmitter(
-        settings.kafka,
-        "n-17",
-        tmp_path / "spool",
-        topic=topic,
-        kafka={"topic.metadata.propagation.max.ms": 500},
-    ) as emitter:
-        emit(emitter, 0, 20)
-        wait_until(lambda: "nknown topic" in emitter.stats().last_error, "it is told that the topic is missing")
-        assert emitter.stats().spooled == 20
-        create_topics(settings.kafka, PARTITIONS, False, topics={topic: {}})
-        assert emitter.flush(60.0)
-        assert (emitter.stats().sent, emitter.stats().set_aside) == (20, 0)
-    found = values(read_topic(settings.kafka, topic, 20))
-    assert numbers_by_room(found) == {f"room/r-{room}": list(range(room, 20, ROOMS)) for room in range(ROOMS)}
