@@ -5,6 +5,7 @@ It is built in `.cache/node-ts`, outside of what is committed. Without `node` an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -39,20 +40,32 @@ def run(*command: str, cwd: Path = BUILT, check: bool = True) -> subprocess.Comp
 
 @pytest.fixture(scope="module")
 def built() -> Path:
-    """The directory with the compiled client; packages are fetched again only when the lock file changed."""
+    """The directory with the compiled client; what did not change is neither fetched nor compiled again."""
     BUILT.mkdir(parents=True, exist_ok=True)
-    lock = (SOURCE / "package-lock.json").read_bytes()
-    installed = BUILT / "node_modules" / ".installed"
-    for name in ("package.json", "package-lock.json", ".npmrc", "tsconfig.json"):
-        shutil.copy(SOURCE / name, BUILT / name)
-    for name in ("src", "dist"):
-        shutil.rmtree(BUILT / name, ignore_errors=True)
-    shutil.copytree(SOURCE / "src", BUILT / "src")
-    if not installed.exists() or installed.read_bytes() != lock:
-        run("npm", "ci", "--no-audit", "--no-fund")
-        installed.write_bytes(lock)
-    run("node", "node_modules/typescript/bin/tsc")
+    files = {
+        path.relative_to(SOURCE): path.read_bytes()
+        for path in (*SOURCE.glob("*.json"), SOURCE / ".npmrc", *SOURCE.glob("src/*.ts"))
+    }
+    packages = digest(files[Path("package-lock.json")])
+    everything = digest(*(b"%b\0%b" % (bytes(path), files[path]) for path in sorted(files)))
+    installed, compiled = BUILT / "node_modules" / ".installed", BUILT / "dist" / ".compiled"
+    if not compiled.exists() or compiled.read_text() != everything:
+        for name in ("src", "dist"):
+            shutil.rmtree(BUILT / name, ignore_errors=True)
+        for path, content in files.items():
+            (BUILT / path).parent.mkdir(exist_ok=True)
+            (BUILT / path).write_bytes(content)
+        if not installed.exists() or installed.read_text() != packages:
+            run("npm", "ci", "--no-audit", "--no-fund")
+            installed.write_text(packages)
+        run("node", "node_modules/typescript/bin/tsc")
+        compiled.write_text(everything)
     return BUILT
+
+
+def digest(*parts: bytes) -> str:
+    """One for all of them."""
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def test_the_lock_file_names_no_registry() -> None:
