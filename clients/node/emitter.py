@@ -496,9 +496,10 @@ class UsageEmitter:
             return
         started_s = time.monotonic()
         self._spool.append([encode_record(each.made_ms, each.key, each.value) for each in taken])
+        size = sum(each.size for each in taken)
         with self._mutex:
             # Only now: until the spool counts them, they count here.
-            self._queued_bytes -= sum(each.size for each in taken)
+            self._queued_bytes -= size
             self._taken = []
             self._flushes += 1
             self._longest_flush_s = max(self._longest_flush_s, time.monotonic() - started_s)
