@@ -25,11 +25,11 @@ from app.explain import (
     to_json,
 )
 from app.explain_text import ROWS, show
-from metering.explain import Agreement, Judgement, explain_cell, explain_change
+from metering.explain import Agreement, Judgement, explain_cell
+from metering.explain_one import explain_change
 from tests.support.events import START_MS, membership, usage
 from tests.unit.test_explain import CARD, Flow, progress
 from tests.unit.test_live import JOINED
-
 
 GOLDEN = """\
 user/u-1#2   charge   2026-01-01 00:00:00.005 UTC
