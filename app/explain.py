@@ -30,24 +30,26 @@ from metering.explain import (
     Agreement,
     Cell,
     CellFacts,
+    Judgement,
+    Line,
+    Progress,
+    Utterance,
+    explain_cell,
+    explain_utterance,
+    worst,
+)
+from metering.explain_one import (
     Change,
     Command,
     IdentityFacts,
-    Judgement,
-    Line,
     Occurrence,
     Part,
-    Progress,
     Ratio,
-    Utterance,
-    explain_cell,
     explain_change,
     explain_occurrences,
     explain_parts,
-    explain_utterance,
     judge_chain,
     judge_command,
-    worst,
 )
 from schemas import redis_keys
 from schemas.rate_card import RateCard, load_rate_card

@@ -25,7 +25,8 @@ from app.explain import (
     UtteranceExplained,
 )
 from app.tables import minutes_text
-from metering.explain import AccountSum, Agreement, Cell, Change, Command, Judgement, Line, Payer, Utterance
+from metering.explain import AccountSum, Agreement, Cell, Judgement, Line, Payer, Utterance
+from metering.explain_one import Change, Command
 from metering.money import USER_PREFIX
 from schemas.rfc3339 import FIRST_MS, LAST_MS, format_rfc3339_ms
 

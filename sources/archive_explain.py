@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from metering.explain import AccountSum, IdentityFacts, Line, Posting
+from metering.explain import AccountSum, Line, Posting
+from metering.explain_one import IdentityFacts
 from metering.reconcile import without_zeros
 from metering.resettle import recompute
 from schemas.events import Lifecycle, LifecycleKind, Usage

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 import metering.explain
+import metering.explain_one
 from app.cli import app
 from app.explain import (
     CellExplained,
@@ -102,10 +103,11 @@ def test_explanations() -> None:
     structs: list[type[msgspec.Struct]] = [*kinds, EventExplained, ScopeCell, Letter]
     structs += [
         thing
-        for thing in vars(metering.explain).values()
+        for module in (metering.explain, metering.explain_one)
+        for thing in vars(module).values()
         if isinstance(thing, type)
         and issubclass(thing, msgspec.Struct)
-        and thing.__module__ == metering.explain.__name__
+        and thing.__module__ == module.__name__
     ]
     assert len(structs) > 20
     for struct in structs:

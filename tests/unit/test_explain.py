@@ -12,21 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from metering.cells import WINDOW_MS, cell_id, window_start_ms
-from metering.explain import (
-    AccountSum,
-    Agreement,
-    CellFacts,
+from metering.explain import AccountSum, Agreement, CellFacts, Line, Posting, Progress, explain_cell, worst
+from metering.explain_one import (
     IdentityFacts,
-    Line,
-    Posting,
-    Progress,
-    explain_cell,
     explain_change,
     explain_occurrences,
     explain_parts,
     judge_chain,
     judge_command,
-    worst,
 )
 from metering.live import LiveScope
 from metering.pricing import cost_us, credit_us
