@@ -1,0 +1,1 @@
+"""What other programs import: clients of the pipeline that know nothing of its inside."""
