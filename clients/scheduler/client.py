@@ -85,9 +85,9 @@ class Scheduler(_Client):
     """Admission over blocking sockets; share one between threads.
 
     `deadline_s` bounds each call, `attempt_s` each attempt in it. `policy` says what happens while Redis is away:
-    `Deny()` (the default) or `AdmitFromLastKnown(...)`. `on_recovered` hears what Redis says afterwards to each session
-    that was admitted without it: stop the refused ones. No call raises because Redis is away; ValueError is for wrong
-    arguments, redis.RedisError for a server that is none of those this client was made for.
+    `Deny()` (the default) or `AdmitFromLastKnown(...)`. `on_recovered` hears what Redis says afterwards to each
+    session that was admitted without it: stop the refused ones. No call raises because Redis is away; ValueError is
+    for wrong arguments, redis.RedisError for a server that is none of those this client was made for.
     """
 
     def __init__(self, url: str, *, max_connections: int = MAX_CONNECTIONS, **options: Any) -> None:
@@ -95,8 +95,8 @@ class Scheduler(_Client):
         self._connections = _Connections(url, max_connections)
 
     def admit(self, user: str, session: str, hold: Hold, *, deadline_s: float | None = None) -> Admission:
-        """Place the session's hold unless balance - held <= floor. Admit it again to renew: the new hold replaces the
-        old one, and a refusal removes it."""
+        """Place the session's hold unless balance - held <= floor. Admit it again to renew: the new hold replaces
+        the old one, and a refusal removes it."""
         return self._run(self._logic.admit(user, session, hold, deadline_s))
 
     def release(self, user: str, session: str, *, deadline_s: float | None = None) -> Release:
@@ -104,13 +104,13 @@ class Scheduler(_Client):
         return self._run(self._logic.release(user, session, deadline_s))
 
     def recover(self, most: int = 100, *, deadline_s: float | None = None) -> list[Admission]:
-        """Tell Redis what was admitted and released without it. Every answered call does a little of that; a program
-        with few calls does it on a timer. Returns what Redis said of sessions that still run."""
+        """Tell Redis what was admitted and released without it. Every answered call does a little of that; a
+        program with few calls does it on a timer. Returns what Redis said of sessions that still run."""
         return self._run(self._logic.recover(most, deadline_s))
 
     def sweep(self, accounts: int = 100, *, deadline_s: float | None = None) -> Swept | None:
-        """Collect expired holds of up to so many accounts (at most 1000); None when Redis is away. Admissions do it by
-        the way; it matters only to who reads `held_us` of accounts that nobody asks about."""
+        """Collect expired holds of up to so many accounts (at most 1000); None when Redis is away. Admissions do it
+        by the way; it matters only to who reads `held_us` of accounts that nobody asks about."""
         return self._run(self._logic.sweep(accounts, deadline_s))
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """What may be admitted while Redis is away, and what has to be told to it afterwards.
 
 Laws:
-- Only a user is admitted of whom Redis told a balance, at most `max_age_s` ago, and for whom balance - held - what was
-  admitted meanwhile is above the floor.
+- Only a user is admitted of whom Redis told a balance, at most `max_age_s` ago, and for whom balance - held - what
+  was admitted meanwhile is above the floor.
 - All that is admitted of one user until Redis tells a new balance is at most `max_us_per_user`, whatever ends or
   expires in between: who has ended has used something that nobody could charge yet. To admit the same session again
   counts again. A hold of 0 says nothing of how much, so it is refused.
@@ -12,8 +12,8 @@ Laws:
 - Everything is bounded: users, grants, grants of a user, releases. Past a bound users are forgotten (and refused),
   grants refused, the oldest release forgotten.
 
-All this lives in one process and ends with it: sessions that were admitted without Redis then run without a hold, and
-several schedulers admit up to `max_us_per_user` each.
+All this lives in one process and ends with it: sessions that were admitted without Redis then run without a hold,
+and several schedulers admit up to `max_us_per_user` each.
 """
 
 from __future__ import annotations
@@ -138,26 +138,39 @@ class Memory:
             known = self._users.get(user)
             if known is None:
                 return Judgement(why, detail="nothing is known of the user")
-            free_us = known.balance_us - known.held_us - known.spent_us - known.floor_us
-            of_user = self._of_user.get(user, {})
-            if now - known.asked_at > policy.max_age_s:
-                return Judgement(why, known, "the last known balance is too old")
-            if free_us <= 0:
-                return Judgement(Reason.AT_FLOOR, known)
-            if hold.amount_us == 0:
-                return Judgement(why, known, "without a hold there is no bound")
-            if known.spent_us + hold.amount_us > policy.max_us_per_user:
-                return Judgement(Reason.ALLOWANCE_SPENT, known, "the user's allowance")
-            if session not in of_user and len(of_user) >= MAX_GRANTS_PER_USER:
-                return Judgement(Reason.ALLOWANCE_SPENT, known, "the user's number of sessions")
-            if session not in of_user and len(self._grants) >= policy.max_grants:
-                return Judgement(Reason.ALLOWANCE_SPENT, known, "the number of sessions")
+            refusal = self._refusal(policy, known, user, session, hold, why, now)
+            if refusal is not None:
+                return refusal
             known.spent_us += hold.amount_us
             known.granted_at = now
             grant = Grant(user, session, hold.amount_us, now + hold.lasts_ms / 1_000)
             self._grants[user, session] = grant
             self._of_user.setdefault(user, {})[session] = grant
             return Judgement(Reason.LAST_KNOWN, known)
+
+    def _refusal(
+        self,
+        policy: AdmitFromLastKnown,
+        known: Known,
+        user: str,
+        session: str,
+        hold: Hold,
+        why: Reason,
+        now: float,
+    ) -> Judgement | None:
+        free_us = known.balance_us - known.held_us - known.spent_us - known.floor_us
+        of_user = self._of_user.get(user, {})
+        is_new = session not in of_user
+        spent = Reason.ALLOWANCE_SPENT
+        rules = (
+            (now - known.asked_at > policy.max_age_s, why, "the last known balance is too old"),
+            (free_us <= 0, Reason.AT_FLOOR, ""),
+            (hold.amount_us == 0, why, "without a hold there is no bound"),
+            (known.spent_us + hold.amount_us > policy.max_us_per_user, spent, "the user's allowance"),
+            (is_new and len(of_user) >= MAX_GRANTS_PER_USER, spent, "the user's number of sessions"),
+            (is_new and len(self._grants) >= policy.max_grants, spent, "the number of sessions"),
+        )
+        return next((Judgement(reason, known, detail) for broken, reason, detail in rules if broken), None)
 
     def wanted(self, user: str, session: str) -> None:
         """The session is asked for again: a release of it that was not told must not be told after that."""

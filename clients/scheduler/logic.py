@@ -4,12 +4,12 @@ Each operation is a generator that yields what it wants done (`Evaluate`, `Pause
 `Scheduler` does it with sockets and threads, `AsyncScheduler` with asyncio.
 
 Laws:
-- Only calls are tried again that may be made twice: the script's operations all are (see lua/holds.lua). An attempt that
-  timed out may still arrive later than its repeat; what it then leaves at most is a hold that expires.
+- Only calls are tried again that may be made twice: the script's operations all are (see lua/holds.lua). An attempt
+  that timed out may still arrive later than its repeat; what it then leaves at most is a hold that expires.
 - No call takes longer than its deadline. An attempt has `attempt_s` of it, so that there is time for another.
 - Away is: no connection, no answer in time, and an answer that will pass by itself (LOADING, READONLY, MASTERDOWN,
-  CLUSTERDOWN, TRYAGAIN, NOREPLICAS, MISCONF, OOM, BUSY, too many clients). It is tried again, counts for the circuit
-  breaker, and then the policy decides (`degraded.py`).
+  CLUSTERDOWN, TRYAGAIN, NOREPLICAS, MISCONF, OOM, BUSY, too many clients). It is tried again, counts for the
+  circuit breaker, and then the policy decides (`degraded.py`).
 - Not ready (no epoch, or one that is older than what was seen) is an answer: it is not tried again, and the breaker
   stays closed. The policy decides, because what Redis told last is worth more than what an empty one says now.
 - No access (NOAUTH, WRONGPASS, NOPERM, DENIED) is a refusal; the policy is not asked. It is a mistake in the
@@ -76,7 +76,7 @@ class Saturated(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """Run the script with these arguments; answer with its reply as strings, or raise redis' errors or Saturated."""
+    """Run the script with these arguments; the answer is its reply as strings, or redis' errors or Saturated."""
 
     arguments: tuple[str, ...]
     timeout_s: float
@@ -258,7 +258,14 @@ class Logic:
         self.memory.learn(user, balance_us, held_us, floor_us, asked_at)
         admitted = answer is Reason.OK
         return Admission(
-            user, session, admitted, answer, balance_us, held_us, floor_us, expires_at_ms if admitted else None
+            user,
+            session,
+            admitted,
+            answer,
+            balance_us,
+            held_us,
+            floor_us,
+            expires_at_ms if admitted else None,
         )
 
     def _release(self, user: str, session: str, give_up_at: float) -> Steps[Release]:
@@ -353,7 +360,9 @@ class Logic:
             permit = self.breaker.permit()
             if permit is None:
                 self._observer.failed(operation, Trouble.BREAKER)
-                raise last if pause_s > FIRST_PAUSE_S else Away(Trouble.BREAKER, "the circuit breaker is open")
+                raise (
+                    last if pause_s > FIRST_PAUSE_S else Away(Trouble.BREAKER, "the circuit breaker is open")
+                )
             try:
                 reply = yield Evaluate(arguments, min(left_s, self._attempt_s))
             except Saturated as error:

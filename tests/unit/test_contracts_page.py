@@ -42,9 +42,11 @@ def test_types_and_reasons() -> None:
 def test_redis_keys() -> None:
     """Every key."""
     keys = {value for name, value in vars(redis_keys).items() if name.isupper() and isinstance(value, str)}
-    prefixes = {redis_keys.BALANCE_PREFIX, redis_keys.CELL_PREFIX, redis_keys.REQUEST_PREFIX}
+    prefixes = {value for name, value in vars(redis_keys).items() if name.endswith("_PREFIX")}
     patterns = {
         redis_keys.balance("<account>"),
+        redis_keys.holds("<account>"),
+        redis_keys.hold_amounts("<account>"),
         redis_keys.cell("<cell_id>"),
         redis_keys.request("<request_id>"),
     }
