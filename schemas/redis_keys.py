@@ -1,4 +1,4 @@
-"""Every Redis key, in one place. The scheduler reads `balance` and keeps holds; the rest belongs to the pipeline."""
+"""Every Redis key, in one place. The scheduler reads `balance` and keeps holds; the rest is the pipeline's."""
 
 from __future__ import annotations
 

@@ -118,6 +118,8 @@ class Memory:
         with self._lock:
             known = self._users.get(user)
             fresh = Known(balance_us, held_us, floor_us, asked_at)
+            of_user = self._of_user.get(user, {}).values()
+            fresh.spent_us = sum(grant.amount_us for grant in of_user if not (grant.told or grant.ended))
             if known is not None:
                 if known.asked_at > asked_at:
                     return
@@ -202,7 +204,7 @@ class Memory:
             return []
         with self._lock:
             some = list((self._grants if user is None else self._of_user.get(user, {})).values())
-            taken = []
+            taken: list[Grant] = []
             for grant in some:
                 if grant.expires_at <= now and not grant.told_by:
                     self._forget(grant)
@@ -216,6 +218,11 @@ class Memory:
         with self._lock:
             grant.told_by -= 1
             grant.told = True
+            known = self._users.get(grant.user)
+            if known is not None and known.asked_at >= known.granted_at:
+                # The balance is a new one, and so is what was admitted beside it: what is not among its holds yet.
+                of_user = self._of_user.get(grant.user, {}).values()
+                known.spent_us = sum(other.amount_us for other in of_user if not (other.told or other.ended))
             if not grant.told_by:
                 self._forget(grant)
             return grant.ended

@@ -56,7 +56,7 @@ NEAR = st.integers(-3, 3)
 class AgainstTheModel(RuleBasedStateMachine):
     """Any order of admissions, releases, sweeps, charges, other floors and passing time.
 
-    Time passes in whole minutes and holds last half a minute more, so that what the test itself takes changes nothing.
+    Time passes in whole minutes and holds last half a minute more, so that the test's own time changes nothing.
     """
 
     server: redis.Redis
@@ -292,7 +292,7 @@ def test_both_languages_have_the_same_limits() -> None:
 def test_an_empty_or_rolled_back_redis_admits_nobody(
     server: redis.Redis, epoch: int | None, entries: int | None, seen: tuple[int, int], ready: bool
 ) -> None:
-    """Without an epoch, with an older one, or with fewer entries than were seen in it; a rebuild sets a newer one."""
+    """Without an epoch, with an older one, or with fewer entries than were seen in it; a rebuilt one is newer."""
     server.flushall()
     for key, value in ((redis_keys.EPOCH, epoch), (redis_keys.ENTRIES, entries)):
         if value is not None:
