@@ -335,6 +335,6 @@ async def _evaluate_async(connection: Any, arguments: tuple[str, ...]) -> Reply:
 
 async def _is_stale_async(connection: Any) -> bool:
     try:
-        return bool(await connection.can_read_destructive())
+        return bool(await connection.can_read())
     except exceptions.ConnectionError:
         return True

@@ -306,6 +306,8 @@ class Logic:
     def _tell_grants(self, user: str | None, most: int, give_up_at: float) -> Steps[list[Admission]]:
         """Make holds of grants; raises Away, NoAccess or NotReady, and leaves what is not told."""
         taken = self.memory.take_grants(user, most, self._clock())
+        if not taken:
+            return []
         recovered = []
         try:
             while taken:
@@ -319,8 +321,7 @@ class Logic:
         finally:
             for grant in taken:
                 self.memory.untold(grant)
-            if taken or recovered:
-                self._observer.pending(self.memory.pending)
+            self._observer.pending(self.memory.pending)
         return recovered
 
     def _tell(self, grant: Grant, give_up_at: float) -> Steps[Admission]:
