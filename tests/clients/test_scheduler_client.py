@@ -290,7 +290,7 @@ def test_a_password_and_a_database_from_the_url(make: Make, own_server: OwnServe
 
 
 def test_from_the_last_balance_and_back(make: Make, own_server: OwnServer) -> None:
-    """Redis goes, sessions come in up to the allowance, Redis is back: they are holds, or the caller hears of it."""
+    """Redis goes, sessions come in up to the allowance; Redis is back, they are holds, or the caller hears it."""
     heard: list[Admission] = []
     registry = CollectorRegistry()
     scheduler = make(
@@ -407,6 +407,7 @@ def test_all_connections_taken_is_not_an_outage(valkey_url: str, server: redis.R
         refused = scheduler.admit("u-1", "s-2", HOLD, deadline_s=0.05)
         assert (refused.reason, "were taken" in refused.detail) == (Reason.AWAY, True)
         assert scheduler.breaker.state is State.CLOSED
+        hanging.close()
         connection.close()
         slow.join()
         scheduler.close()

@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 
 from app.cli import app
+from clients.scheduler import Reason
+from clients.scheduler.observer import METRICS
 from schemas import redis_keys, topics
 from schemas.cloudevents import EVENT_MODELS
 from schemas.commands import COMMAND_MODELS
 from schemas.rejections import RejectReason
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "clients" / "scheduler" / "lua" / "holds.lua"
 PAGE = (ROOT / "docs" / "contracts.md").read_text(encoding="utf-8")
 
 
@@ -51,6 +54,16 @@ def test_redis_keys() -> None:
         redis_keys.request("<request_id>"),
     }
     assert first_cells(section("Redis")) == keys - prefixes | patterns
+
+
+def test_admission() -> None:
+    """Every reason and metric of the scheduler's client, its bounds, and each operation of its script."""
+    text = section("Admission")
+    operations = {"admit", "release", "sweep"}
+    assert first_cells(text) == {*Reason, *METRICS, *operations}
+    for name, meaning in METRICS.items():
+        assert f"| `{name}` | {meaning} |" in text
+    assert f"(../{SCRIPT.relative_to(ROOT)})" in text
 
 
 def test_tables_and_views() -> None:
