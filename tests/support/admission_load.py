@@ -1,8 +1,8 @@
 """A process that asks for admission from many tasks at once: `python -m tests.support.admission_load ...`.
 
-Arguments: URL, name, number of sessions, connections, "keep" or "churn". It says `ready`, waits for a line, then
-asks for every session at the same time; with "churn" each task also renews, releases and asks for short holds. At its
-end it prints {"reason": how often} of the first question of each session.
+Arguments: URL, name, number of sessions, connections, "keep" or "churn". It says `ready` and waits for a
+line. Then it asks for every session at the same time; with "churn" each task also renews, releases and asks
+for short holds. At the end it prints {"reason": how often} of the first question of each session.
 """
 
 from __future__ import annotations
