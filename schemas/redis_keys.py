@@ -1,4 +1,4 @@
-"""Every Redis key, in one place. The scheduler reads `balance`; the rest belongs to the pipeline."""
+"""Every Redis key, in one place. The scheduler reads `balance` and keeps holds; the rest is the pipeline's."""
 
 from __future__ import annotations
 
@@ -44,6 +44,15 @@ CELL_PREFIX = "cell:"
 BALANCE_PREFIX = "balance:"
 """`balance:{<account>}` is a hash: balance_us, held_us, floor_us, seq, updated_at_ms."""
 
+HOLDS_PREFIX = "holds:"
+"""`holds:{<account>}` is a sorted set: sessions by the expiry (ms) of their holds. See clients/scheduler/lua."""
+
+HOLD_AMOUNTS_PREFIX = "hold_amounts:"
+"""`hold_amounts:{<account>}` is a hash: session -> us held for it, and `/total`, their sum."""
+
+HOLDS_EXPIRING = "holds_expiring"
+"""Sorted set: accounts by the expiry (ms) of their first hold."""
+
 REQUEST_PREFIX = "request:"
 """`request:<request_id>` is a hash: the digest of a money command's body and its first result."""
 
@@ -79,6 +88,16 @@ LOW_US = 600_000_000
 def balance(account: str) -> str:
     """The hash of one account; the braces are part of the key."""
     return f"{BALANCE_PREFIX}{{{account}}}"
+
+
+def holds(account: str) -> str:
+    """The sessions of one account that have holds."""
+    return f"{HOLDS_PREFIX}{{{account}}}"
+
+
+def hold_amounts(account: str) -> str:
+    """What each of them holds."""
+    return f"{HOLD_AMOUNTS_PREFIX}{{{account}}}"
 
 
 def cell(cell_id: str) -> str:

@@ -20,6 +20,8 @@ from app.explain import (
     ScopeExplained,
     UtteranceExplained,
 )
+from clients.scheduler import Reason
+from clients.scheduler.observer import METRICS
 from metering.explain import Agreement
 from schemas import redis_keys, topics
 from schemas.alerts import ALERT_MODELS
@@ -28,6 +30,7 @@ from schemas.commands import COMMAND_MODELS
 from schemas.rejections import RejectReason
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "clients" / "scheduler" / "lua" / "holds.lua"
 PAGE = (ROOT / "docs" / "contracts.md").read_text(encoding="utf-8")
 
 
@@ -63,14 +66,26 @@ def test_types_and_reasons() -> None:
 def test_redis_keys() -> None:
     """Every key."""
     keys = {value for name, value in vars(redis_keys).items() if name.isupper() and isinstance(value, str)}
-    prefixes = {value for value in keys if value.endswith(":")}
+    prefixes = {value for name, value in vars(redis_keys).items() if name.endswith("_PREFIX")}
     patterns = {
         redis_keys.request_mark("<digits>"),
         redis_keys.balance("<account>"),
+        redis_keys.holds("<account>"),
+        redis_keys.hold_amounts("<account>"),
         redis_keys.cell("<cell_id>"),
         redis_keys.request("<request_id>"),
     }
     assert first_cells(section("Redis")) == keys - prefixes | patterns
+
+
+def test_admission() -> None:
+    """Every reason and metric of the scheduler's client, its bounds, and each operation of its script."""
+    text = section("Admission")
+    operations = {"admit", "release", "sweep"}
+    assert first_cells(text) == {*Reason, *METRICS, *operations}
+    for name, meaning in METRICS.items():
+        assert f"| `{name}` | {meaning} |" in text
+    assert f"(../{SCRIPT.relative_to(ROOT)})" in text
 
 
 def test_tables_and_views() -> None:
