@@ -7,7 +7,7 @@ Laws:
 - A transfer is named by period, user and node, and so is its request id: whoever sends it again sends the same
   bytes, and it is carried out once.
 - Order of effects: the plan of a period is written down whole; its commands are sent; once the first result of
-  one is known, the transfer is closed together with its entry in the audit log. Killed before the plan is
+  one is in the ledger, the transfer is closed together with its entry in the audit log. Killed before the plan is
   written, nothing has happened. Killed after it, the next run, of whatever period, sends again what is open,
   and closes it.
 """
@@ -44,7 +44,8 @@ class Transfer(NamedTuple):
 
 
 class TransferResult(NamedTuple):
-    """What came of a transfer: the first result of its request."""
+    """What came of a transfer: the first result of its request, as the ledger has it for good. What only Redis
+    knows may be lost with its end, and come out otherwise the next time."""
 
     outcome: str
     amount_us: int
@@ -79,7 +80,7 @@ class Step(StrEnum):
     PLANNED = "planned"
     SENT = "sent"
     WAITING = "waiting"
-    """Settlement has not carried all of it out: call again in a moment."""
+    """The ledger does not have all of it: call again in a moment."""
     CLOSED_ONE = "closed one"
 
 
@@ -144,7 +145,7 @@ def write_off(
     tired_of_waiting: Callable[[], bool],
 ) -> Generator[Step, None, Run]:
     """One run. `debts()` are the balances (us) below zero by user, `credits` the nodes' balances (us); `send`
-    returns when every command is stored in the log; `results` knows first results by request id."""
+    returns when every command is stored in the log; `results` knows, by request id, what is in the ledger."""
     if not book.is_planned(period_ms):
         balances_us = debts()
         bound = book.bound_nodes(sorted(balances_us))

@@ -159,6 +159,20 @@ def check_grants(world: World) -> None:
                 raise Violation(f"{name}: of {grant} something is left that never was")
 
 
+def check_write_offs(world: World) -> None:
+    """Every transfer that was planned is closed, with what the ledger moved: as much as was planned at most."""
+    moved = {request.request_id: request for request in world.journal.counted_requests()}
+    book = world.write_offs
+    if book.open_transfers():
+        raise Violation(f"{book.open_transfers()} is open")
+    for transfer, result in book.closed.items():
+        request = moved[transfer.request_id]
+        if (result.amount_us, result.balance_us) != (request.amount_us, request.balance_us):
+            raise Violation(f"{transfer} was closed with {result}, the ledger has {request}")
+        if not 0 <= result.amount_us <= transfer.amount_us:
+            raise Violation(f"{transfer} moved {result.amount_us}")
+
+
 def _is_expiry(request_id: str) -> bool:
     return request_id.startswith(EXPIRED)
 

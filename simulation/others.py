@@ -10,7 +10,10 @@ from metering.ports import NOTHING_SEEN, SeenEntry, WrongRedis
 from metering.rebuild import Rebuilt, rebuild
 from metering.resettle import Resettled
 from metering.resettle import Step as ResettleStep
+from metering.write_off import Run as WriteOffRun
+from metering.write_off import write_off
 from schemas.messages import OutboxMessage
+from simulation.workload import MINUTE_MS
 from simulation.world import (
     LogEnds,
     WiredBook,
@@ -18,8 +21,10 @@ from simulation.world import (
     WiredJournal,
     WiredOutbox,
     WiredStore,
+    WiredWriteOffBook,
     World,
 )
+from sources.timer import period_start_ms
 
 
 class Ledger:
@@ -168,4 +173,44 @@ class Rebuilding:
             return found
         self._world.say(f"rebuild: {step}")
         self._world.reach(f"rebuild: {step}")
+        return None
+
+
+class WritingOff:
+    """A run of write-offs, as a process of its own."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        chance = world.chance
+        redis, epoch = world.redis, world.redis.epoch
+
+        def balances(prefix: str) -> dict[str, int]:
+            if redis.epoch is None or redis.epoch != epoch:
+                raise WrongRedis("no epoch, or another")
+            return {
+                name.removeprefix(prefix): account.balance_us
+                for name, account in redis.accounts.items()
+                if name.startswith(prefix)
+            }
+
+        self._steps: Generator[object, None, WriteOffRun] = write_off(
+            period_start_ms(world.now_ms, 30 * MINUTE_MS),
+            WiredWriteOffBook(world),
+            lambda: {user: us for user, us in balances("user/").items() if us < 0},
+            lambda _: balances("node/"),
+            lambda transfers: world.call("write-off: send", lambda: world.send_transfers(transfers)),
+            world.archive.results,
+            tired_of_waiting=lambda: chance.random() < 0.05,
+        )
+
+    def step(self) -> WriteOffRun | None:
+        """On to the next boundary; the result at the end."""
+        try:
+            step = next(self._steps)
+        except StopIteration as stop:
+            found: WriteOffRun = stop.value
+            self._world.say(f"write-off: {found}")
+            return found
+        self._world.say(f"write-off: {step}")
+        self._world.reach(f"write-off: {step}")
         return None

@@ -14,7 +14,7 @@ from schemas.events import Lifecycle
 from schemas.topics import EVENTS
 from simulation import checks
 from simulation.checks import Cells
-from simulation.others import Ledger, Rebuilding, Run, UsageFlow
+from simulation.others import Ledger, Rebuilding, Run, UsageFlow, WritingOff
 from simulation.parts import Parts
 from simulation.settlement import Settlement, WrongLog
 from simulation.workload import HOUR_MS, MINUTE_MS
@@ -70,6 +70,7 @@ class Simulation:
         self._usage: UsageFlow | None = None
         self._rebuild: Rebuilding | None = None
         self._runs: list[Run] = []
+        self._writing_off: WritingOff | None = None
         self._at_last_rest: Cells = {}
         self._quiet_since = 0
         self._lost_since = False
@@ -111,9 +112,10 @@ class Simulation:
             (4, self._misfortune),
             (22, self._say_something),
             (3, world.append_command),
+            (2, self._write_off),
         ]
         if self._calm:
-            del turns[-2:]
+            del turns[-3:]
         (do,) = chance.choices([do for _, do in turns], [weight for weight, _ in turns])
         if do == self._keep_ledger and world.maybe(world.troubles.ledger_away):
             return
@@ -240,6 +242,15 @@ class Simulation:
         if done is None:
             self._runs.append(run)
         return done
+
+    def _write_off(self) -> None:
+        run, self._writing_off = self._writing_off, None
+        if run is None:
+            run = WritingOff(self.world)
+        for _ in range(self.world.chance.choice([1, 2, 6])):
+            if run.step() is not None:
+                return
+        self._writing_off = run
 
     # Misfortune ---------------------------------------------------------------------------------------
 
@@ -395,9 +406,11 @@ class Simulation:
         if world.troubles.death:
             self._stumble()
         self._settle_down()
+        self._write_off_at_rest()
         posted = checks.check_ledger(world)
         checks.check_commands(world)
         checks.check_grants(world)
+        checks.check_write_offs(world)
         pure = checks.pure_cells(world)
         if not self._lost_since:
             touched = {located.event.scope for _, _, located in world.occurrences[self._quiet_since :]}
@@ -470,6 +483,17 @@ class Simulation:
         due = [live.scope for live in settlement.live_scopes() if live.emission_due()]
         self._settlement, self._ledger = settlement, ledger
         return busy or bool(due)
+
+    def _write_off_at_rest(self) -> None:
+        """A complete run, which closes whatever any run before it left open."""
+        self._writing_off = None
+        for _ in range(TURNS_AT_REST):
+            run = WritingOff(self.world)
+            while (done := run.step()) is None:
+                self._settle_down()
+            if not done.open:
+                return
+        raise Violation("a write-off does not come to its end")
 
     def _resettle_at_rest(self, since_ms: int | None) -> Cells:
         """A complete run; returns the cells afterwards."""

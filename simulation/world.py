@@ -18,6 +18,7 @@ from metering.facts import Correction
 from metering.live import Answer, Emission, Located
 from metering.ports import NOTHING_SEEN, CorrectionAnswer, ResettleTicket, SeenEntry, WrongRedis
 from metering.rebuild import AccountState
+from metering.write_off import Transfer, TransferResult, command_of
 from schemas.commands import Command
 from schemas.decode import check_append_time, decode_command
 from schemas.messages import OutboxMessage, RawMessage
@@ -38,7 +39,7 @@ from schemas.topics import COMMANDS, EVENTS
 from simulation.parts import Parts
 from simulation.workload import HOUR_MS, MINUTE_MS, Habits, Producers, Tellers
 from sinks.balances_memory import MemoryRedis
-from sinks.memory import MemoryEmptyBook, MemoryJournal, MemoryUsageStore
+from sinks.memory import MemoryEmptyBook, MemoryJournal, MemoryUsageStore, MemoryWriteOffBook
 
 START_MS = 1_767_225_600_000
 """2026-01-01T00:00:00Z, the start of a window."""
@@ -179,6 +180,7 @@ class World:
         self.remembered_epoch = 1
         self.remembered_entry = (1, NOTHING_SEEN)
         self.highest_fence_ms = 0
+        self.write_offs = MemoryWriteOffBook(_bound_nodes(self.habits.users))
         self.occurrences: list[tuple[int, int, Located]] = []
         """Every accepted event with its position, of whichever log."""
         self.forgetful: set[str] = set()
@@ -268,6 +270,13 @@ class World:
         self.commands.append(RawMessage(COMMANDS, 0, offset, None, value, self.now_ms))
         self.say(f"command {offset}: {value.decode()}")
 
+    def send_transfers(self, transfers: Sequence[Transfer]) -> None:
+        """Their commands, at the end of the topic; none of them or all."""
+        for transfer in transfers:
+            value = command_of(transfer).model_dump_json().encode()
+            self.commands.append(RawMessage(COMMANDS, 0, len(self.commands), None, value, self.now_ms))
+            self.say(f"command {len(self.commands) - 1}: {transfer}")
+
     def valid_commands(self) -> Iterator[Command]:
         """Every valid command that was ever given, in the order of the topic."""
         for message in self.commands:
@@ -313,6 +322,12 @@ class World:
         """Redis comes back as it was, in place: whoever is connected goes on with it."""
         for part in fields(MemoryRedis):
             setattr(self.redis, part.name, getattr(other, part.name))
+
+
+def _bound_nodes(users: int) -> dict[str, list[str]]:
+    """Who pays for whom; nobody for one of them."""
+    nodes = ["n-0", "n-1", "n-nobody"]
+    return {f"u-{number}": nodes[number % 2 :] for number in range(users) if number != 1}
 
 
 class WiredBook:
@@ -513,6 +528,28 @@ class WiredEmptyBook:
 
     def announce(self, epoch: int) -> None:
         self._world.call("rebuild: announce", lambda: self._book.announce(epoch), late=False)
+
+
+class WiredWriteOffBook:
+    """`metering.write_off.WriteOffBook`."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def bound_nodes(self, user_ids: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        return self._world.write_offs.bound_nodes(user_ids)
+
+    def is_planned(self, period_ms: int) -> bool:
+        return self._world.write_offs.is_planned(period_ms)
+
+    def plan(self, period_ms: int, transfers: Sequence[Transfer]) -> None:
+        self._world.call("write-off: plan", lambda: self._world.write_offs.plan(period_ms, transfers))
+
+    def open_transfers(self) -> Sequence[Transfer]:
+        return self._world.write_offs.open_transfers()
+
+    def close(self, transfer: Transfer, result: TransferResult) -> None:
+        self._world.call("write-off: close", lambda: self._world.write_offs.close(transfer, result))
 
 
 class LogEnds:

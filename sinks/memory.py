@@ -9,6 +9,7 @@ from metering.commands import CommandOutcome, CommandResult
 from metering.facts import ScopeFacts, UsageSum
 from metering.grants import EXPIRED, Grant, Grants
 from metering.rebuild import AccountState
+from metering.write_off import Transfer, TransferResult
 from schemas.events import LifecycleKind
 from schemas.records import (
     DeadLetter,
@@ -352,6 +353,16 @@ class MemoryArchive:
     def requests(self) -> Iterator[list[RequestRecord]]:
         yield self._journal.counted_requests()
 
+    def results(self, transfers: Sequence[Transfer]) -> dict[str, TransferResult]:
+        """First results of transfers, by request id, that no rebuild can void any more."""
+        wanted = {transfer.request_id for transfer in transfers}
+        complete = self._journal.complete_entry()
+        return {
+            request.request_id: TransferResult(request.outcome, request.amount_us, request.balance_us)
+            for request in self._journal.counted_requests()
+            if request.request_id in wanted and request.entry <= complete
+        }
+
     def last_fence_ms(self) -> int:
         return max((move.frozen_before_ms for move in self._journal.stored_fence_moves()), default=0)
 
@@ -426,3 +437,32 @@ class MemoryEmptyBook:
     def announce(self, epoch: int) -> None:
         if self._redis.epoch != epoch:
             self._redis.epoch, self._redis.rebuilding = self._redis.rebuilding, None
+
+
+class MemoryWriteOffBook:
+    """`metering.write_off.WriteOffBook` in dictionaries. Never blocks, never raises."""
+
+    def __init__(self, bound_nodes: Mapping[str, Sequence[str]]) -> None:
+        self._bound_nodes = bound_nodes
+        self.plans: dict[int, list[Transfer]] = {}
+        self.closed: dict[Transfer, TransferResult] = {}
+
+    def bound_nodes(self, user_ids: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        return {user_id: self._bound_nodes[user_id] for user_id in user_ids if user_id in self._bound_nodes}
+
+    def is_planned(self, period_ms: int) -> bool:
+        return period_ms in self.plans
+
+    def plan(self, period_ms: int, transfers: Sequence[Transfer]) -> None:
+        self.plans.setdefault(period_ms, list(transfers))
+
+    def open_transfers(self) -> Sequence[Transfer]:
+        return [
+            transfer
+            for _, transfers in sorted(self.plans.items())
+            for transfer in transfers
+            if transfer not in self.closed
+        ]
+
+    def close(self, transfer: Transfer, result: TransferResult) -> None:
+        self.closed.setdefault(transfer, result)

@@ -22,6 +22,7 @@ from metering.facts import ScopeFacts, UsageSum
 from metering.grants import EXPIRED, Grant
 from metering.presence import PRESENCE_MAX_MS
 from metering.rebuild import AccountState
+from metering.write_off import Transfer, TransferResult
 from schemas.events import LifecycleKind
 from schemas.rate_card import RateCard
 from schemas.records import RequestRecord
@@ -415,6 +416,20 @@ class ClickHouseArchive:
             names = tuple(RequestRecord.model_fields)
             yield [RequestRecord(**dict(zip(names, row, strict=True))) for row in rows]
             after = rows[-1][0]
+
+    def results(self, transfers: Sequence[Transfer]) -> dict[str, TransferResult]:
+        """First results of transfers, by request id, that no rebuild can void any more."""
+        database = self._database
+        found: dict[str, TransferResult] = {}
+        for first in range(0, len(transfers), SCOPES_AT_ONCE):
+            some = transfers[first : first + SCOPES_AT_ONCE]
+            listed = ", ".join(quoted(transfer.request_id) for transfer in some)
+            rows = self._rows(
+                f"SELECT request_id, toString(outcome), amount_us, balance_us FROM {database}.requests FINAL "
+                f"WHERE request_id IN ({listed}) AND entry <= {self.last_complete_entry()} AND {self.line_counts}"
+            )
+            found |= {request_id: TransferResult(*result) for request_id, *result in rows}
+        return found
 
     def last_window_ms(self) -> int | None:
         database = self._database

@@ -1,4 +1,4 @@
-"""Balances in Redis, as write-offs read them: who is below zero, what nodes have, what came of commands.
+"""Balances in Redis, as write-offs read them: who is below zero, and what nodes have.
 
 Blocks for as long as the client's time-outs and raises redis' errors; WrongRedis when there is no epoch: an empty
 Redis, or one that is being rebuilt, knows nobody's debts.
@@ -6,13 +6,12 @@ Redis, or one that is being rebuilt, knows nobody's debts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import redis
 
 from metering.money import USER_PREFIX, node_account
 from metering.ports import WrongRedis
-from metering.write_off import Transfer, TransferResult
 from schemas import redis_keys
 
 KEYS_AT_ONCE = 5_000
@@ -57,17 +56,6 @@ class RedisCredit:
             found |= dict(zip(some, self._balances(keys), strict=True))
         self._check()
         return found
-
-    def results(self, transfers: Sequence[Transfer]) -> Mapping[str, TransferResult]:
-        """First results of transfers that were carried out and that Redis still has, by request id."""
-        pipeline = self._client.pipeline(transaction=False)
-        for transfer in transfers:
-            pipeline.hmget(redis_keys.request(transfer.request_id), "outcome", "amount_us", "balance_us")
-        return {
-            transfer.request_id: TransferResult(outcome.decode(), int(amount_us), int(balance_us))
-            for transfer, (outcome, amount_us, balance_us) in zip(transfers, pipeline.execute(), strict=True)
-            if outcome is not None
-        }
 
     def _balances(self, keys: Sequence[bytes]) -> list[int]:
         pipeline = self._client.pipeline(transaction=False)
