@@ -1,11 +1,12 @@
 """How often something may be tried, counted in the database.
 
 Why there and not in Redis: what a guess is checked against is in the database, so while it is away nothing can be
-guessed either, and there is no moment in which the guard is away and the door is open. Every process of the API counts
-in the same place, and a restart forgets nothing. It costs one small write a try, beside an argon2 hash.
+guessed either, and there is no moment in which the guard is away and the door is open. Every process of the
+API counts in the same place, and a restart forgets nothing. It costs one small write a try, beside an argon2
+hash.
 
-A try is counted in a transaction of its own *before* the check, so that a thousand guesses at once count a thousand, and
-a process killed in the middle has counted. One that turns out right is taken back.
+A try is counted in a transaction of its own *before* the check, so that a thousand guesses at once count a
+thousand, and a process killed in the middle has counted. One that turns out right is taken back.
 
 Windows are fixed (they begin at multiples of their length), so at a boundary twice the limit fits into one length.
 """
@@ -62,8 +63,8 @@ DEFAULT_LIMITS: dict[Guarded, Limit] = {
     Guarded.REFRESH_ADDRESS: Limit(600, 15 * MINUTE_MS),
     Guarded.NODE_TOKEN_NODE: Limit(60, 15 * MINUTE_MS),
     Guarded.NODE_TOKEN_ADDRESS: Limit(300, 15 * MINUTE_MS),
-    # 8.5e11 codes and a million users: about one guess in a million hits somebody. Whoever owns a node can own many,
-    # so the owner is counted too.
+    # 8.5e11 codes and a million users: about one guess in a million hits somebody. Whoever owns a node can
+    # own many, so the owner is counted too.
     Guarded.CODE_NODE: Limit(10, 60 * MINUTE_MS),
     Guarded.CODE_OWNER: Limit(30, 24 * 60 * MINUTE_MS),
     Guarded.CODE_ADDRESS: Limit(30, 60 * MINUTE_MS),
@@ -89,14 +90,13 @@ class AttemptCounter:
         """Count one try under each of these keys. Raises Refused, TOO_MANY_ATTEMPTS, when one is over its limit."""
         rows = []
         over: tuple[Guarded, int] | None = None
-        # In one order everywhere, so that two transactions on the same keys never wait for each other in a circle.
-        for guarded, who, key in sorted(
-            ((guarded, who, self._secrets.mac(f"attempts {guarded}", who)) for guarded, who in tries),
-            key=lambda item: item[2],
-        ):
+        for guarded, who in tries:
             limit = self._limits[guarded]
             start_ms = now_ms - now_ms % limit.window_ms
+            key = self._secrets.mac(f"attempts {guarded}", who)
             rows.append((key, start_ms, start_ms + limit.window_ms, guarded, limit.count))
+        # In one order everywhere, so that two transactions on the same keys never wait for each other in a circle.
+        rows.sort()
         with self._database.write() as session:
             statement = sqlite.insert if self._database.is_sqlite else postgresql.insert
             for key, start_ms, end_ms, guarded, most in rows:
@@ -109,7 +109,9 @@ class AttemptCounter:
                     .returning(Attempts.count)
                 ).scalar_one()
                 if counted > most:
-                    over = max(over, (guarded, end_ms), key=lambda item: item[1]) if over else (guarded, end_ms)
+                    over = (
+                        max(over, (guarded, end_ms), key=lambda item: item[1]) if over else (guarded, end_ms)
+                    )
         if over is not None:
             guarded, end_ms = over
             metrics.ACCOUNTS_LIMITED.labels(guarded.value).inc()
@@ -143,7 +145,9 @@ class AttemptCounter:
 
 
 def address_key(address: str) -> str:
-    """Who an address belongs to, as far as it tells: itself, or the /64 of an IPv6 address, which is one customer."""
+    """Who an address belongs to, as far as it tells: itself, or the /64 of an IPv6 address, which is one
+    customer.
+    """
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:

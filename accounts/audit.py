@@ -1,7 +1,8 @@
 """The audit log: every privileged act, append-only; triggers in the database refuse the rest.
 
-An act is recorded in the transaction that does it, so there is no act without its entry and no entry without its act.
-A money command is carried out elsewhere: its entry says that it was asked for, and is written before it is sent.
+An act is recorded in the transaction that does it, so there is no act without its entry and no entry without
+its act. A money command is carried out elsewhere: its entry says that it was asked for, and is written before
+it is sent.
 """
 
 from __future__ import annotations

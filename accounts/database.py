@@ -1,10 +1,11 @@
 """The database of accounts: SQLite in a file, or PostgreSQL through a pool.
 
 Laws:
-- Every unit of work is one transaction: `read` sees one state, `write` is all or nothing and committed when its block
-  ends without an error.
-- A writer on SQLite begins with BEGIN IMMEDIATE: it waits for its turn (busy_timeout) at the start, and cannot fail in
-  the middle because somebody else wrote. On PostgreSQL rows that a decision rests on are locked (FOR UPDATE).
+- Every unit of work is one transaction: `read` sees one state, `write` is all or nothing and committed when
+  its block ends without an error.
+- A writer on SQLite begins with BEGIN IMMEDIATE: it waits for its turn (busy_timeout) at the start, and
+  cannot fail in the middle because somebody else wrote. On PostgreSQL rows that a decision rests on are
+  locked (FOR UPDATE).
 - What is committed is on disk: SQLite runs with synchronous=FULL.
 """
 
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, make_url, text
+from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, CursorResult
 from sqlalchemy.orm import Session
@@ -131,6 +132,3 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 def _begin_sqlite(connection: Connection) -> None:
     writer = connection.get_execution_options().get("writer")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writer else "BEGIN")
-
-
-__all__ = ["Database", "Engine", "insert_if_absent", "lock_for", "sqlite_url"]

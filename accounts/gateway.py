@@ -1,7 +1,8 @@
 """What this package asks of the pipeline: balances in Redis, statements in ClickHouse, money commands on Kafka.
 
-Every call is bounded by its client's timeouts and raises `Refused` (BALANCES_AWAY, ARCHIVE_AWAY, COMMANDS_AWAY) when the
-server does not answer. Nothing is written but commands: balances change in the settlement flow only.
+Every call is bounded by its client's timeouts and raises `Refused` (BALANCES_AWAY, ARCHIVE_AWAY,
+COMMANDS_AWAY) when the server does not answer. Nothing is written but commands: balances change in the
+settlement flow only.
 
 A Redis without an epoch is empty or being rebuilt: what it says is not believed, a balance of 0 least of all.
 """
@@ -97,7 +98,7 @@ class Balances:
     def read(self, accounts: Sequence[str]) -> dict[str, Balance]:
         """The live balances of all of these, in one round trip."""
         fields = ("balance_us", "held_us", "floor_us", "updated_at_ms")
-        replies = self._ask([("HMGET", redis_keys.balance(account), *fields) for account in accounts])
+        replies = self._ask([(redis_keys.balance(account), fields) for account in accounts])
         found = {}
         for account, (balance, held, floor, updated) in zip(accounts, replies, strict=True):
             found[account] = Balance(
@@ -110,19 +111,22 @@ class Balances:
         return found
 
     def result(self, request_id: str) -> RequestResult | None:
-        """The result of a money command that Redis still has; None for one that was not carried out, or long ago."""
+        """The result of a money command that Redis still has; None for one that was not carried out, or long
+        ago.
+        """
         fields = ("digest", "outcome", "amount_us", "balance_us", "at_ms")
-        [reply] = self._ask([("HMGET", redis_keys.request(request_id), *fields)])
+        [reply] = self._ask([(redis_keys.request(request_id), fields)])
         digest, outcome, amount, balance, at = reply
         if digest is None or outcome is None or amount is None or balance is None:
             return None
         return RequestResult(digest.decode(), outcome.decode(), int(amount), int(balance), int(at or 0))
 
-    def _ask(self, commands: Sequence[tuple[str, ...]]) -> list[list[bytes | None]]:
+    def _ask(self, hashes: Sequence[tuple[str, Sequence[str]]]) -> list[list[bytes | None]]:
+        """These fields of these hashes, and the epoch, in one step."""
         pipeline = self._client.pipeline(transaction=True)
-        pipeline.execute_command("GET", redis_keys.EPOCH)
-        for command in commands:
-            pipeline.execute_command(*command)
+        pipeline.get(redis_keys.EPOCH)
+        for key, fields in hashes:
+            pipeline.hmget(key, list(fields))
         try:
             epoch, *replies = pipeline.execute()
         except (redis.RedisError, OSError) as error:
@@ -170,11 +174,11 @@ class Archive:
         )
         return [StatementLine(*row) for row in rows]
 
-    def usage_by_session(
-        self, user_id: str, before: tuple[int, str] | None, limit: int
-    ) -> list[UsageTotal]:
+    def usage_by_session(self, user_id: str, before: tuple[int, str] | None, limit: int) -> list[UsageTotal]:
         """What the user was charged per session without a room, the latest first."""
-        return self._usage("session_bills", "session_id", "charged_us", "session_total_us", user_id, before, limit)
+        return self._usage(
+            "session_bills", "session_id", "charged_us", "session_total_us", user_id, before, limit
+        )
 
     def usage_by_room(self, user_id: str, before: tuple[int, str] | None, limit: int) -> list[UsageTotal]:
         """The user's shares per room, the latest first."""
@@ -212,7 +216,7 @@ class Archive:
             """,
             {"user": user_id, "last": last_ms, "id": last_id, "limit": limit},
         )
-        return [UsageTotal(*row[:6], settled=bool(row[6])) for row in rows]
+        return [UsageTotal(*row) for row in rows]
 
     def _rows(self, query: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         try:
@@ -244,12 +248,14 @@ class Archive:
 class Commands:
     """Kafka: sends money commands and knows of each whether it was delivered.
 
-    The producer is idempotent and waits for all replicas. A delivery that was not confirmed may still have happened; the
-    request id makes sending it again harmless.
+    The producer is idempotent and waits for all replicas. A delivery that was not confirmed may still have
+    happened; the request id makes sending it again harmless.
     """
 
     def __init__(self, producer_settings: Mapping[str, object], topic: str = topics.COMMANDS) -> None:
-        """`producer_settings`: librdkafka's, with acks=all, idempotence and the partitioner of every client here."""
+        """`producer_settings`: librdkafka's, with acks=all, idempotence and the partitioner of every client
+        here.
+        """
         self._settings = {
             **producer_settings,
             "message.timeout.ms": round(DELIVERY_TIMEOUT_S * 1000),

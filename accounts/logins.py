@@ -2,15 +2,15 @@
 
 Laws:
 - A refresh token is 256 random bits, kept as their SHA-256. It works once: using it gives the next one.
-- A token that is used a second time tells that two have it. Then the whole log-in is revoked, whoever came first; who
-  asked too late, or lost an answer, has to give the password again.
-- The row of the log-in is locked before its tokens are looked at, so that of two uses at once exactly one succeeds, and
-  the other one is a second use.
-- A new log-in is written only while the password that was checked is still the user's, with the user's row locked: a
-  change of the password revokes every log-in, also those that were on their way.
+- A token that is used a second time tells that two have it. Then the whole log-in is revoked, whoever came
+  first; who asked too late, or lost an answer, has to give the password again.
+- The row of the log-in is locked before its tokens are looked at, so that of two uses at once exactly one
+  succeeds, and the other one is a second use.
+- A new log-in is written only while the password that was checked is still the user's, with the user's row
+  locked: a change of the password revokes every log-in, also those that were on their way.
 
-A crash between the commit of a refresh and its answer loses the new token: the caller's next try is a second use, and
-they log in again. The other order would give away tokens that were never written.
+A crash between the commit of a refresh and its answer loses the new token: the caller's next try is a second
+use, and they log in again. The other order would give away tokens that were never written.
 """
 
 from __future__ import annotations
@@ -115,16 +115,15 @@ def log_in(accounts: Accounts, login: str, password: str, address: str) -> Token
 def refresh(accounts: Accounts, token: str, address: str) -> Tokens:
     """New tokens for a refresh token that was not used yet.
 
-    Raises Refused: BAD_TOKEN for one that is unknown, expired or revoked; REFRESH_REUSED, after revoking the log-in.
+    Raises Refused: BAD_TOKEN for one that is unknown, expired or revoked; REFRESH_REUSED, after revoking the
+    log-in.
     """
     now_ms = accounts.now_ms()
     counted = accounts.attempts.count([(Guarded.REFRESH_ADDRESS, address_key(address))], now_ms)
     token_hash = _hash(token)
     reused = False
     with accounts.database.write() as session:
-        login_id = session.scalar(
-            select(RefreshToken.login_id).where(RefreshToken.token_hash == token_hash)
-        )
+        login_id = session.scalar(select(RefreshToken.login_id).where(RefreshToken.token_hash == token_hash))
         login = session.get(Login, login_id, with_for_update=True) if login_id else None
         # Read only now that nobody else can be changing it.
         row = session.get(RefreshToken, token_hash)
@@ -154,7 +153,7 @@ def refresh(accounts: Accounts, token: str, address: str) -> Tokens:
                 )
             )
             next_token = _add_token(session, login)
-            user_id, login_id = login.user_id, login.login_id
+            user_id, this_login = login.user_id, login.login_id
             role = session.get_one(User, user_id).role
     # Raised only here: inside, it would undo the revocation.
     if reused:
@@ -162,11 +161,13 @@ def refresh(accounts: Accounts, token: str, address: str) -> Tokens:
             Reason.REFRESH_REUSED, "the refresh token was used before; this log-in is revoked, log in again"
         )
     accounts.attempts.take_back(counted)
-    return _tokens(accounts, user_id, role, login_id, next_token, now_ms)
+    return _tokens(accounts, user_id, role, this_login, next_token, now_ms)
 
 
 def log_out(accounts: Accounts, token: str) -> None:
-    """Revoke the log-in of this refresh token, used or not. An unknown one changes nothing and is not told apart."""
+    """Revoke the log-in of this refresh token, used or not. An unknown one changes nothing and is not told
+    apart.
+    """
     now_ms = accounts.now_ms()
     with accounts.database.write() as session:
         login_id = session.scalar(

@@ -1,11 +1,12 @@
 """Migrations of the accounts database, from the package's own files, forward and back.
 
-On PostgreSQL a run is one transaction; so it is on SQLite, whose DDL is transactional too. Two processes that migrate
-at once do it one after the other, and the second finds nothing to do.
+On PostgreSQL a run is one transaction; so it is on SQLite, whose DDL is transactional too. Two processes that
+migrate at once do it one after the other, and the second finds nothing to do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from alembic import command
@@ -45,6 +46,11 @@ def head_revision() -> str:
     return head
 
 
+def known_revisions() -> set[str]:
+    """Every revision that this program can make."""
+    return {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+
+
 def require_current(database: Database) -> None:
     """Raises DatabaseUnfit, one line, unless the schema is the newest."""
     try:
@@ -58,10 +64,11 @@ def require_current(database: Database) -> None:
         )
 
 
-def _run(database: Database, do: object) -> tuple[str | None, str | None]:
-    assert callable(do)
+def _run(database: Database, do: Callable[[Config], object]) -> tuple[str | None, str | None]:
     with database.engine.execution_options(writer=True).begin() as connection:
         if not database.is_sqlite:
+            # A large table takes its time.
+            connection.execute(text("SET LOCAL statement_timeout = 0"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
         before = MigrationContext.configure(connection).get_current_revision()
         config = _config()

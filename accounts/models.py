@@ -1,7 +1,8 @@
 """The tables. Instants are milliseconds since the Unix epoch (`_ms`), so that both databases keep the same.
 
-`migrations/` makes them; a test holds the two equal. Text that identifies is compared byte by byte, so whatever people
-may write in several ways (a username, an e-mail address) has a second column with its one canonical form.
+`migrations/` makes them; a test holds the two equal. Text that identifies is compared byte by byte, so
+whatever people may write in several ways (a username, an e-mail address) has a second column with its one
+canonical form.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class Login(Base):
 
 
 class RefreshToken(Base):
-    """A refresh token by its hash. A used one is kept until it would have expired: its second use tells of a thief."""
+    """A refresh token by its hash. A used one is kept until it would have expired: its second use tells of a
+    thief.
+    """
 
     __tablename__ = "refresh_tokens"
 
@@ -134,8 +137,9 @@ class Binding(Base):
 
 
 class MoneyRequest(Base):
-    """A money command that was asked for here, under its request id. What came of it is not here: Redis and ClickHouse
-    have the one result that counts."""
+    """A money command that was asked for here, under its request id. What came of it is not here: Redis and
+    ClickHouse have the one result that counts.
+    """
 
     __tablename__ = "money_requests"
 

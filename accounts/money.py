@@ -4,19 +4,21 @@ Order of effects, for one request id:
 
 1. One transaction writes what is asked for (`money_requests`) and its entry in the audit log.
 2. The command is sent to Kafka and confirmed by all replicas.
-3. The settlement flow carries it out, once for each request id for ever, and leaves the result in Redis and ClickHouse.
+3. The settlement flow carries it out, once for each request id for ever, and leaves the result in Redis and
+   ClickHouse.
 4. The caller is told that result.
 
 A crash between 1 and 2 leaves a request that was never sent: it moved nothing. A crash between 2 and 3, or 3 and 4,
-leaves a caller without an answer. In each case the caller repeats the same request with the same id: step 1 finds what
-is there and that it says the same, a result that exists is the answer, and else the command is sent again, to which the
-flow gives the first result. What came of a request is stored nowhere here, so nothing here can be wrong about it.
+leaves a caller without an answer. In each case the caller repeats the same request with the same id: step 1
+finds what is there and that it says the same, a result that exists is the answer, and else the command is
+sent again, to which the flow gives the first result. What came of a request is stored nowhere here, so
+nothing here can be wrong about it.
 
-Whoever repeats an id with another body is refused by step 1, or, when the id was used elsewhere (`metering topup`), by
-comparing the digest of the body with the one beside the result.
+Whoever repeats an id with another body is refused by step 1, or, when the id was used elsewhere (`metering
+topup`), by comparing the digest of the body with the one beside the result.
 
-Operators' ids are used as they are. A node's are put under its name (`node:<node_id>:<id>`): else it could use up an id
-that somebody else, or the write-off flow, is going to use.
+Operators' ids are used as they are. A node's are put under its name (`node:<node_id>:<id>`): else it could
+use up an id that somebody else, or the write-off flow, is going to use.
 """
 
 from __future__ import annotations
@@ -155,8 +157,8 @@ def asked_by_node(node: NodeItself, user_id: str, amount_us: int, key: str, reas
 def note(accounts: Accounts, asked: Asked, actor: Actor) -> bool:
     """Step 1; whether the request is new.
 
-    Raises Refused: REQUEST_CONFLICT when the id was used with another body; NOT_FOUND when there is no such account, or
-    it is not bound to the node that pays.
+    Raises Refused: REQUEST_CONFLICT when the id was used with another body; NOT_FOUND when there is no such
+    account, or it is not bound to the node that pays.
     """
     now_ms = accounts.now_ms()
     with accounts.database.write() as session:
@@ -217,7 +219,9 @@ async def carry_out(accounts: Accounts, gateway: Gateway, asked: Asked, actor: A
         if result is not None or time.monotonic() >= deadline_s:
             break
         await asyncio.sleep(POLL_S)
-    answer = Answer(asked.request_id, Status.PENDING, asked.account) if result is None else _answer(asked, result)
+    answer = (
+        Answer(asked.request_id, Status.PENDING, asked.account) if result is None else _answer(asked, result)
+    )
     metrics.ACCOUNTS_REQUESTS.labels(asked.kind.value, answer.status.value).inc()
     return answer
 
@@ -244,8 +248,9 @@ def status(accounts: Accounts, gateway: Gateway, request_id: str, *, asker: str 
 
 
 def find_result(gateway: Gateway, request_id: str, *, strict: bool = False) -> RequestResult | None:
-    """The result, from Redis or, when it is old, from ClickHouse. `strict`: a store that is away raises Refused unless
-    the other one has it."""
+    """The result, from Redis or, when it is old, from ClickHouse. `strict`: a store that is away raises
+    Refused unless the other one has it.
+    """
     away: Refused | None = None
     for find in (gateway.balances.result, gateway.archive.result):
         try:

@@ -1,7 +1,7 @@
 """Nodes: credentials, and bindings to users by their security code.
 
-A user's nodes are in an order of priority: the first one pays write-offs first. Whoever changes the order of a user's
-bindings holds the user's row, so positions stay 1, 2, 3, ... whatever happens at once.
+A user's nodes are in an order of priority: the first one pays write-offs first. Whoever changes the order of
+a user's bindings holds the user's row, so positions stay 1, 2, 3, ... whatever happens at once.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ def shown(accounts: Accounts, node_id: str) -> NodeShown:
 def bind(accounts: Accounts, node: NodeItself, entered: str, address: str) -> BoundUser:
     """Bind the node to the user whose security code was entered; last in that user's order.
 
-    Every try counts, also what can be no code. Raises Refused: WRONG_CODE, TOO_MANY_ATTEMPTS, ALREADY_BOUND, TOO_MANY.
+    Every try counts, also what can be no code. Raises Refused: WRONG_CODE, TOO_MANY_ATTEMPTS, ALREADY_BOUND,
+    TOO_MANY.
     """
     now_ms = accounts.now_ms()
     counted = accounts.attempts.count(
@@ -198,9 +199,7 @@ def bind(accounts: Accounts, node: NodeItself, entered: str, address: str) -> Bo
         session.add(
             Binding(node_id=node.node_id, user_id=user.user_id, position=last + 1, bound_at_ms=now_ms)
         )
-        _record(
-            session, accounts, node.actor, Action.NODE_BOUND, node.node_id, {"user_id": user.user_id}
-        )
+        _record(session, accounts, node.actor, Action.NODE_BOUND, node.node_id, {"user_id": user.user_id})
         bound = BoundUser(user.user_id, user.username, user.display_name, now_ms)
     accounts.attempts.take_back(counted)
     return bound
@@ -249,8 +248,7 @@ def bound_to_user(accounts: Accounts, user_id: str) -> list[BoundNode]:
             .order_by(Binding.position)
         )
         return [
-            BoundNode(binding.node_id, name, binding.position, binding.bound_at_ms)
-            for binding, name in rows
+            BoundNode(binding.node_id, name, binding.position, binding.bound_at_ms) for binding, name in rows
         ]
 
 
@@ -270,9 +268,7 @@ def bound_to_node(accounts: Accounts, node_id: str) -> list[BoundUser]:
 
 
 def _bindings(session: Session, user_id: str) -> list[Binding]:
-    return list(
-        session.scalars(select(Binding).where(Binding.user_id == user_id).order_by(Binding.position))
-    )
+    return list(session.scalars(select(Binding).where(Binding.user_id == user_id).order_by(Binding.position)))
 
 
 def _number(session: Session, user_id: str, node_ids: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """Passwords: argon2id, with the parameters of the day.
 
-A hash that was made with other parameters still verifies, and is made anew at the next log-in. Each computation takes
-`memory_kib` of memory; no more than `PARALLEL` run at once in a process, so that a crowd at the log-in costs time and
-not all of the memory.
+A hash that was made with other parameters still verifies, and is made anew at the next log-in. Each
+computation takes `memory_kib` of memory; no more than `PARALLEL` run at once in a process, so that a crowd at
+the log-in costs time and not all of the memory.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What the database must not tell whoever steals a copy of it.
 
 One secret, kept outside the database, is the root of every key here (HKDF-SHA256, one key a purpose). With it the
-database keeps MACs of what is looked up and ciphertexts of what must be shown again. The database knows a fingerprint of
-the secret, so that a program with another one stops at its start instead of failing at every code.
+database keeps MACs of what is looked up and ciphertexts of what must be shown again. The database knows a
+fingerprint of the secret, so that a program with another one stops at its start instead of failing at every
+code.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Secrets:
         return base64.b64encode(nonce + box).decode()
 
     def open(self, purpose: str, sealed: str, owner: str) -> bytes:
-        """What was sealed. Raises ValueError when it was changed, moved to another owner, or sealed by another secret."""
+        """What was sealed. Raises ValueError when it was changed, moved to another owner, or sealed by
+        another secret.
+        """
         raw = base64.b64decode(sealed)
         try:
             return AESGCM(self._key(f"seal {purpose}")).decrypt(
@@ -69,7 +72,9 @@ class Secrets:
 
 
 def check_secret(database: Database, secrets: Secrets) -> None:
-    """Note the fingerprint at the first use. Raises DatabaseUnfit when the database was kept under another secret."""
+    """Note the fingerprint at the first use. Raises DatabaseUnfit when the database was kept under another
+    secret.
+    """
     with database.write() as session:
         insert_if_absent(session, Meta, {"name": _FINGERPRINT, "value": secrets.fingerprint})
         known = session.get_one(Meta, _FINGERPRINT).value
@@ -86,7 +91,9 @@ def require_fingerprint(known: str, secrets: Secrets) -> None:
 
 
 def secret_in_file(file: Path) -> str:
-    """The secret in a file, made at the first use, readable by the owner only; a kill leaves all of it or nothing."""
+    """The secret in a file, made at the first use, readable by the owner only; a kill leaves all of it or
+    nothing.
+    """
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(f"{file.name}.{os.getpid()}.new")

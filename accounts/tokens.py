@@ -2,11 +2,12 @@
 
 Laws:
 - The newest key that is not retired signs. `rotate` adds one and retires the others in one transaction.
-- A retired key verifies until every token that it may have signed has expired: the life of a token, and the time for
-  which a process may go on signing with what it has in its cache (`CACHE_MS`).
-- Private keys lie in the database sealed (`accounts.secrets`): every process of the API has them, a stolen copy has not.
-- A token names its log-in or the node's secret, which the API looks up each time: so a log-out counts at once here, and
-  for a program that only verifies signatures after at most the token's life.
+- A retired key verifies until every token that it may have signed has expired: the life of a token, and the
+  time for which a process may go on signing with what it has in its cache (`CACHE_MS`).
+- Private keys lie in the database sealed (`accounts.secrets`): every process of the API has them, a stolen
+  copy has not.
+- A token names its log-in or the node's secret, which the API looks up each time: so a log-out counts at once
+  here, and for a program that only verifies signatures after at most the token's life.
 """
 
 from __future__ import annotations

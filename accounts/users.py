@@ -1,9 +1,9 @@
 """People: registering, profile, password, security code.
 
-What registering tells. A username is public, so a taken one is said. An e-mail address is not: registering answers the
-same, after the same work, whether the address is free or taken; when it is taken nothing is made. Without sending mail
-that cannot be perfect: whoever registers an address and then cannot log in knows that it was taken. It costs a
-registration a guess, and those are counted.
+What registering tells. A username is public, so a taken one is said. An e-mail address is not: registering
+answers the same, after the same work, whether the address is free or taken; when it is taken nothing is made.
+Without sending mail that cannot be perfect: whoever registers an address and then cannot log in knows that it
+was taken. It costs a registration a guess, and those are counted.
 """
 
 from __future__ import annotations
@@ -239,7 +239,9 @@ def _add_user(
 
 
 def _give_code(session: Session, accounts: Accounts, user: User) -> str:
-    """A code that nobody has. Two that draw the same one at once (2^-40) meet the unique index; one is told to repeat."""
+    """A code that nobody has. Two that draw the same one at once (2^-40) meet the unique index; one is told
+    to repeat.
+    """
     for _ in range(_CODE_TRIES):
         code = security_codes.new_code()
         mac = accounts.secrets.mac(security_codes.MAC_PURPOSE, code)

@@ -47,9 +47,13 @@ DRIFT_ITEMS = Gauge(
 )
 LIVE_SCOPES = Gauge("metering_live_scopes", "Scopes whose state is kept")
 ACCOUNTS_HTTP = Counter("metering_accounts_http", "Answers of the accounts API", ["route", "status"])
-ACCOUNTS_LIMITED = Counter("metering_accounts_limited", "Attempts refused because there were too many", ["limit"])
+ACCOUNTS_LIMITED = Counter(
+    "metering_accounts_limited", "Attempts refused because there were too many", ["limit"]
+)
 ACCOUNTS_REQUESTS = Counter(
-    "metering_accounts_requests", "Top-ups and adjustments that were sent, by what was answered", ["kind", "status"]
+    "metering_accounts_requests",
+    "Top-ups and adjustments that were sent, by what was answered",
+    ["kind", "status"],
 )
 
 

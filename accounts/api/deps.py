@@ -78,7 +78,9 @@ TheNode = Annotated[NodeItself, Depends(_node)]
 Limit = Annotated[int, Query(ge=1, le=200, description="at most so many")]
 Cursor = Annotated[
     str | None,
-    Query(pattern=r"^[A-Za-z0-9_-]{1,300}$", description="`next_cursor` of the page before; none for the first"),
+    Query(
+        pattern=r"^[A-Za-z0-9_-]{1,300}$", description="`next_cursor` of the page before; none for the first"
+    ),
 ]
 UserId = Annotated[str, Path(pattern=ID, examples=["01k3x6v8"])]
 NodeId = Annotated[str, Path(pattern=NODE_ID, examples=["n-17"])]

@@ -21,7 +21,8 @@ Users, their nodes, and their balances.
 * Users log in and send `Authorization: Bearer <access_token>`; nodes likewise, with a token of `/v1/nodes/token`.
 * Every error is a problem (RFC 9457): `application/problem+json` with a stable `type`.
 * Amounts are decimal minutes as text; fields in `_us` are service microseconds, 60 000 000 a minute.
-* Moving money takes an `Idempotency-Key`. After any failure repeat the same request with the same key: it is carried
+* Moving money takes an `Idempotency-Key`. After any failure repeat the same request with the same key: it is
+carried
   out once.
 * Lists are paged, the newest first: hand `next_cursor` back as `cursor`.
 """
@@ -51,12 +52,18 @@ def install(app: FastAPI) -> None:
 
 def _document(app: FastAPI) -> dict[str, Any]:
     made = get_openapi(
-        title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
+        title=app.title,
+        version=app.version,
+        description=app.description,
+        routes=app.routes,
+        tags=app.openapi_tags,
     )
     schemas = made["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    _, definitions = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
+    _, definitions = models_json_schema(
+        [(Problem, "serialization")], ref_template="#/components/schemas/{model}"
+    )
     schemas.update(definitions["$defs"])
     for path in made["paths"].values():
         for operation in path.values():
@@ -74,7 +81,9 @@ def _complete(operation: dict[str, Any]) -> None:
         reasons = ", ".join(filter(None, ["invalid-request", extra]))
         responses["422"] = {"description": f"Unprocessable Content: {reasons}"}
     known = responses.get("503", {}).get("description", "").partition(": ")[2]
-    responses["503"] = {"description": f"Service Unavailable: {', '.join(filter(None, ['database-away', known]))}"}
+    responses["503"] = {
+        "description": f"Service Unavailable: {', '.join(filter(None, ['database-away', known]))}"
+    }
     for status, response in responses.items():
         if int(status) < 400:
             continue

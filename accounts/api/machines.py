@@ -40,9 +40,7 @@ def register_node(body: wire.RegisterNode, me: Me, accounts: InAccounts, respons
     """Register a node of mine. Its secret is shown this once."""
     response.headers["Cache-Control"] = "no-store"
     node, secret = nodes.register(accounts, me, body.name, body.node_id)
-    return wire.NewNode(
-        **wire.NodeOut.of(node).model_dump(), client_id=node.node_id, client_secret=secret
-    )
+    return wire.NewNode(**wire.NodeOut.of(node).model_dump(), client_id=node.node_id, client_secret=secret)
 
 
 @router.get("/nodes", tags=["Nodes"], responses=problems(*_NEEDS_TOKEN))
@@ -83,9 +81,7 @@ def get_node(node: TheNode, accounts: InAccounts) -> wire.NodeOut:
     return wire.NodeOut.of(nodes.shown(accounts, node.node_id))
 
 
-@router.get(
-    "/node/balance", tags=["A node itself"], responses=problems(*_NEEDS_TOKEN, Reason.BALANCES_AWAY)
-)
+@router.get("/node/balance", tags=["A node itself"], responses=problems(*_NEEDS_TOKEN, Reason.BALANCES_AWAY))
 def get_node_balance(node: TheNode, gateway: InGateway) -> wire.BalanceOut:
     """This node's live credit."""
     account = node_account(node.node_id)

@@ -44,9 +44,7 @@ async def top_up(
     gateway: InGateway,
 ) -> JSONResponse:
     """Give a user or a node minutes."""
-    return await _move(
-        CommandKind.TOP_UP, f"{kind}/{account_id}", body, key, operator, accounts, gateway
-    )
+    return await _move(CommandKind.TOP_UP, f"{kind}/{account_id}", body, key, operator, accounts, gateway)
 
 
 @router.post(
@@ -64,9 +62,7 @@ async def adjust(
     gateway: InGateway,
 ) -> JSONResponse:
     """Correct a balance, in either direction."""
-    return await _move(
-        CommandKind.ADJUSTMENT, f"{kind}/{account_id}", body, key, operator, accounts, gateway
-    )
+    return await _move(CommandKind.ADJUSTMENT, f"{kind}/{account_id}", body, key, operator, accounts, gateway)
 
 
 @router.get(
@@ -149,9 +145,7 @@ async def _move(
     accounts: InAccounts,
     gateway: InGateway,
 ) -> JSONResponse:
-    asked = money.asked_by_operator(
-        operator, kind, account, wire.amount_us(body.minutes), key, body.reason
-    )
+    asked = money.asked_by_operator(operator, kind, account, wire.amount_us(body.minutes), key, body.reason)
     return money_answer(await money.carry_out(accounts, gateway, asked, operator.actor))
 
 

@@ -13,6 +13,7 @@ from accounts.api.docs import problems
 from accounts.errors import Reason
 from accounts.gateway import Gateway, UsageTotal
 from metering.money import user_account
+from schemas.rfc3339 import format_rfc3339_ms
 
 router = APIRouter(prefix="/v1")
 
@@ -86,9 +87,7 @@ def change_profile(body: wire.ChangeProfile, me: Me, accounts: InAccounts) -> wi
     "/me/password",
     status_code=204,
     tags=["Me"],
-    responses=problems(
-        *_NEEDS_TOKEN, Reason.BAD_CREDENTIALS, Reason.WEAK_PASSWORD, Reason.TOO_MANY_ATTEMPTS
-    ),
+    responses=problems(*_NEEDS_TOKEN, Reason.BAD_CREDENTIALS, Reason.WEAK_PASSWORD, Reason.TOO_MANY_ATTEMPTS),
 )
 def change_password(body: wire.ChangePassword, me: Me, accounts: InAccounts, address: Address) -> None:
     """Change my password. Every log-in is revoked, this one too."""
@@ -103,9 +102,9 @@ def list_logins(me: Me, accounts: InAccounts) -> wire.Logins:
             wire.LoginOut(
                 login_id=login.login_id,
                 current=login.login_id == me.login_id,
-                created_at=wire.format_rfc3339_ms(login.created_at_ms),
-                refreshed_at=wire.format_rfc3339_ms(login.refreshed_at_ms),
-                expires_at=wire.format_rfc3339_ms(login.expires_at_ms),
+                created_at=format_rfc3339_ms(login.created_at_ms),
+                refreshed_at=format_rfc3339_ms(login.refreshed_at_ms),
+                expires_at=format_rfc3339_ms(login.expires_at_ms),
             )
             for login in logins.living(accounts, me.user_id)
         ]
@@ -179,9 +178,7 @@ def list_bound_nodes(me: Me, accounts: InAccounts) -> wire.BoundNodes:
     return wire.BoundNodes.of(nodes.bound_to_user(accounts, me.user_id))
 
 
-@router.put(
-    "/me/nodes", tags=["Me"], responses=problems(*_NEEDS_TOKEN, Reason.WRONG_ORDER)
-)
+@router.put("/me/nodes", tags=["Me"], responses=problems(*_NEEDS_TOKEN, Reason.WRONG_ORDER))
 def reorder_bound_nodes(body: wire.Order, me: Me, accounts: InAccounts) -> wire.BoundNodes:
     """Put the nodes that are bound to me into an order of priority."""
     return wire.BoundNodes.of(nodes.reorder(accounts, me, body.node_ids))

@@ -1,7 +1,7 @@
 """Every error as a problem (RFC 9457, application/problem+json).
 
-A problem says what was refused, and for a request that does not fit the schema, where. It never repeats what was sent:
-a body may hold a password.
+A problem says what was refused, and for a request that does not fit the schema, where. It never repeats what
+was sent: a body may hold a password.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from sqlalchemy.exc import OperationalError, TimeoutError as PoolTimeout
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from accounts.errors import Reason, Refused
@@ -114,7 +115,9 @@ def install(app: FastAPI) -> None:
     async def _http(_request: Request, error: HTTPException) -> JSONResponse:
         status = HTTPStatus(error.status_code)
         kind = status.phrase.lower().replace(" ", "-")
-        return problem(status, kind, status.phrase, status.description or status.phrase, headers=error.headers)
+        return problem(
+            status, kind, status.phrase, status.description or status.phrase, headers=error.headers
+        )
 
     @app.exception_handler(OperationalError)
     @app.exception_handler(PoolTimeout)

@@ -38,7 +38,9 @@ MONEY_RESPONSES: dict[int | str, dict[str, Any]] = {
 def money_answer(answer: Answer) -> JSONResponse:
     """200 with the result, 202 with where to ask, or the problem that it met."""
     if answer.status is Status.INSUFFICIENT:
-        refused = Refused(Reason.INSUFFICIENT_CREDIT, "the node's credit is less than that; nothing was moved")
+        refused = Refused(
+            Reason.INSUFFICIENT_CREDIT, "the node's credit is less than that; nothing was moved"
+        )
         return refusal(refused, request_id=answer.request_id)
     if answer.status is Status.OVER_LIMIT:
         refused = Refused(Reason.OVER_LIMIT, "a balance would leave its range; nothing was moved")
@@ -52,9 +54,7 @@ def money_answer(answer: Answer) -> JSONResponse:
 @router.get(
     "/requests/{request_id}",
     tags=["Money"],
-    responses=problems(
-        Reason.BAD_TOKEN, Reason.NOT_FOUND, Reason.BALANCES_AWAY, Reason.ARCHIVE_AWAY
-    ),
+    responses=problems(Reason.BAD_TOKEN, Reason.NOT_FOUND, Reason.BALANCES_AWAY, Reason.ARCHIVE_AWAY),
 )
 def get_request(
     request_id: Annotated[str, Path(pattern=ID)],

@@ -1,7 +1,7 @@
 """What the API takes and gives, as pydantic models: the OpenAPI document is made from them.
 
-Amounts are minutes, as decimal text; `_us` beside them are the same in service microseconds, for programs. Instants are
-RFC 3339.
+Amounts are minutes, as decimal text; `_us` beside them are the same in service microseconds, for programs.
+Instants are RFC 3339.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class ProfileOut(BaseModel):
             user_id=profile.user_id,
             username=profile.username,
             email=profile.email,
-            role=profile.role,  # type: ignore[arg-type] # the database holds no other
+            role=profile.role,
             display_name=profile.display_name,
             language=profile.language,
             created_at=format_rfc3339_ms(profile.created_at_ms),
@@ -574,6 +574,8 @@ def place_of(cursor: str | None, *kinds: type) -> tuple[Any, ...] | None:
         fits = isinstance(place, list) and [type(part) for part in place] == list(kinds)
     except (ValueError, binascii.Error, RecursionError):
         fits = False
-    if not fits or not all(abs(part) < 2**62 if isinstance(part, int) else _ID.search(part) for part in place):
+    if not fits or not all(
+        abs(part) < 2**62 if isinstance(part, int) else _ID.search(part) for part in place
+    ):
         raise Refused(Reason.BAD_CURSOR, "the cursor is not one that this list gave")
     return tuple(place)
