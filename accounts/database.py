@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import create_engine, event, make_url, text
+from sqlalchemy import create_engine, event, literal, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import Connection, CursorResult
+from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 from accounts.models import Base
@@ -108,9 +108,8 @@ def lock_for(session: Session, what: str) -> None:
 def insert_if_absent(session: Session, model: type[Base], values: Mapping[str, Any]) -> bool:
     """Insert a row unless its primary key or another unique value is there; whether it was inserted."""
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-    done = session.execute(dialect.insert(model).values(**values).on_conflict_do_nothing())
-    assert isinstance(done, CursorResult)
-    return done.rowcount == 1
+    statement = dialect.insert(model).values(**values).on_conflict_do_nothing()
+    return session.execute(statement.returning(literal(1))).first() is not None
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

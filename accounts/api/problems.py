@@ -103,16 +103,13 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _does_not_fit(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return problem(
-            HTTPStatus.UNPROCESSABLE_ENTITY,
-            "invalid-request",
-            "Request does not fit the schema",
-            "see `errors` for what does not fit, and where",
-            errors=field_errors(error.errors()),
-        )
+        return _invalid(field_errors(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def _http(_request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == HTTPStatus.BAD_REQUEST:
+            # What FastAPI says of a body whose bytes are not even text.
+            return _invalid([{"where": "body", "message": "is not JSON"}])
         status = HTTPStatus(error.status_code)
         kind = status.phrase.lower().replace(" ", "-")
         return problem(
@@ -140,6 +137,16 @@ def install(app: FastAPI) -> None:
             "Internal error",
             "this is a fault of the server; it is in its log",
         )
+
+
+def _invalid(errors: list[dict[str, str]]) -> JSONResponse:
+    return problem(
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+        "invalid-request",
+        "Request does not fit the schema",
+        "see `errors` for what does not fit, and where",
+        errors=errors,
+    )
 
 
 def field_errors(errors: Sequence[Any]) -> list[dict[str, str]]:

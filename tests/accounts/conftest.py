@@ -34,9 +34,13 @@ MakeUrl = Callable[[str], str]
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a running PostgreSQL, whose database `migrated` is migrated."""
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
+    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
     try:
         url = server.get_uri()
+        # Nothing here outlives the session: waiting for the disk would prove nothing.
+        for setting in ("fsync", "synchronous_commit", "full_page_writes"):
+            _administer(url, f"ALTER SYSTEM SET {setting} = off")
+        _administer(url, "SELECT pg_reload_conf()")
         _administer(url, "CREATE DATABASE migrated")
         made = Database(_named(url, "migrated"))
         migrate(made)
