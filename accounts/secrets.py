@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hmac
 import os
+import tempfile
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -96,8 +97,8 @@ def secret_in_file(file: Path) -> str:
     """
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f"{file.name}.{os.getpid()}.new")
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        descriptor, name = tempfile.mkstemp(prefix=file.name, suffix=".new", dir=file.parent)
+        aside = Path(name)
         with os.fdopen(descriptor, "w") as out:
             out.write(base64.urlsafe_b64encode(os.urandom(48)).decode() + "\n")
             out.flush()

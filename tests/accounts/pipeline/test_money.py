@@ -307,7 +307,8 @@ def quiet(world: World, gateway: Gateway, make_client: MakeClient) -> tuple[Clie
     from confluent_kafka.admin import AdminClient, NewTopic
 
     topic = f"test.{uuid.uuid4().hex[:12]}"
-    for made in AdminClient({"bootstrap.servers": world.settings.kafka}).create_topics([NewTopic(topic, 1, 1)]).values():
+    admin = AdminClient({"bootstrap.servers": world.settings.kafka})
+    for made in admin.create_topics([NewTopic(topic, 1, 1)]).values():
         made.result()
     commands = Commands(producer_settings(world.settings.kafka), topic)
     return make_client(0.1, replace(gateway, commands=commands)), topic
