@@ -219,7 +219,7 @@ class Settings(BaseSettings):
     accounts_argon2_time_cost: Annotated[Count, Field(ge=1, le=100)] = Field(
         default=3, description="passes of argon2id over its memory; hashes are made anew when it changes"
     )
-    accounts_argon2_memory_kib: Annotated[Count, Field(ge=8, le=4_194_304)] = Field(
+    accounts_argon2_memory_kib: Annotated[Count, Field(ge=32, le=4_194_304)] = Field(
         default=65_536, description="memory of one argon2id hash in KiB"
     )
     accounts_command_wait_ms: Annotated[Count, Field(ge=0, le=60_000)] = Field(

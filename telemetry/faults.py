@@ -51,7 +51,9 @@ POINTS = (
 )
 
 ACCOUNTS_POINTS = (ACCOUNTS_REQUEST_NOTED, ACCOUNTS_COMMAND_SENT)
-"""Of the accounts API, which the chaos harness does not run: tests/accounts/pipeline/test_kill.py kills it there."""
+"""Of the accounts API, which the chaos harness does not run: tests/accounts/pipeline/test_kill.py kills it
+there.
+"""
 
 _point, _, _nth = os.environ.get("METERING_FAULT", "").partition(":")
 _once = os.environ.get("METERING_FAULT_ONCE", "")

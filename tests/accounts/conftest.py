@@ -25,7 +25,7 @@ from accounts.gateway import Archive, Balances, Commands, Gateway
 from accounts.migrate import migrate
 from accounts.secrets import Secrets, check_secret
 from app.clients import ServerAway
-from tests.accounts.support import CHEAP, SECRET, Clock, Client
+from tests.accounts.support import CHEAP, SECRET, Client, Clock
 
 MakeUrl = Callable[[str], str]
 """Gives the URL of a new database: empty, or "migrated"."""
@@ -136,7 +136,9 @@ def client(accounts: Accounts, no_gateway: Gateway) -> Iterator[Client]:
 
 
 def _administer(server: str, statement: str) -> None:
-    engine = create_engine(make_url(server).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    engine = create_engine(
+        make_url(server).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT"
+    )
     with engine.connect() as connection:
         connection.execute(text(statement))
     engine.dispose()

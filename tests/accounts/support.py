@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -87,9 +87,7 @@ class Client:
     def operator(self) -> Member:
         """An operator who is logged in."""
         username = f"operator{next(_numbers)}"
-        users.create_operator(
-            self.accounts, username, f"{username}@example.com", PASSWORD, actor=ROOT
-        )
+        users.create_operator(self.accounts, username, f"{username}@example.com", PASSWORD, actor=ROOT)
         return self.log_in(username)
 
     def log_in(self, username: str, password: str = PASSWORD) -> Member:
@@ -120,9 +118,7 @@ class Client:
 
     def bind(self, node: Machine, member: Member) -> None:
         """Bind the node to the member."""
-        done = self.http.post(
-            "/v1/node/users", json={"security_code": self.code(member)}, headers=node.auth
-        )
+        done = self.http.post("/v1/node/users", json={"security_code": self.code(member)}, headers=node.auth)
         assert done.status_code == 201, done.text
 
     def audit(self, operator: Member, **filters: Any) -> list[dict[str, Any]]:

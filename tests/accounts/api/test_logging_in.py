@@ -8,8 +8,8 @@ from argon2 import PasswordHasher
 from sqlalchemy import func, select
 
 from accounts import audit, logins, users
-from accounts.audit import Action
 from accounts.attempts import DEFAULT_LIMITS, Guarded, Limit
+from accounts.audit import Action
 from accounts.context import Accounts, AccountsConfig
 from accounts.errors import Reason, Refused
 from accounts.models import AuditEntry, RefreshToken, User
@@ -39,7 +39,9 @@ def test_a_taken_username_is_said_and_a_taken_address_is_not(client: Client, acc
     assert problem_of(client.http.post("/v1/register", json=body)) == "username-taken"
     free = client.http.post("/v1/register", json=body | {"username": "bob"})
     taken = client.http.post("/v1/register", json=body | {"username": "eve", "email": "ADA@EXAMPLE.COM"})
-    assert (free.status_code, free.json()) == (taken.status_code, taken.json()) == (202, {"status": "accepted"})
+    assert (
+        (free.status_code, free.json()) == (taken.status_code, taken.json()) == (202, {"status": "accepted"})
+    )
     with accounts.database.read() as session:
         assert sorted(session.scalars(select(User.username))) == ["ada", "bob"]
 
@@ -146,7 +148,9 @@ def test_every_process_counts_in_the_same_place(accounts: Accounts) -> None:
     """Another process on the same database refuses what this one counted."""
     limits = DEFAULT_LIMITS | {Guarded.LOGIN_ACCOUNT: Limit(1, 60_000)}
     one, other = (
-        Accounts(accounts.database, accounts.secrets, AccountsConfig(argon2=CHEAP, limits=limits), accounts.now_ms)
+        Accounts(
+            accounts.database, accounts.secrets, AccountsConfig(argon2=CHEAP, limits=limits), accounts.now_ms
+        )
         for _ in range(2)
     )
     with pytest.raises(Refused, match="not right"):
@@ -274,7 +278,9 @@ def test_changing_the_password_revokes_every_login(client: Client) -> None:
     member, other = client.register("ada"), client.log_in("ada")
     new = "another long password"
     body = {"current_password": "not it", "new_password": new}
-    assert problem_of(client.http.post("/v1/me/password", json=body, headers=member.auth)) == "bad-credentials"
+    assert (
+        problem_of(client.http.post("/v1/me/password", json=body, headers=member.auth)) == "bad-credentials"
+    )
     body["current_password"] = PASSWORD
     assert client.http.post("/v1/me/password", json=body, headers=member.auth).status_code == 204
     for gone in (member, other):

@@ -137,9 +137,7 @@ def test_guesses_are_limited_per_node(client: Client, clock: Clock) -> None:
 def test_guesses_are_limited_per_owner_and_address(client: Client) -> None:
     """More nodes of the same owner, or of others at the same address, do not give more guesses."""
     owner = client.register()
-    answers = Counter(
-        problem_of(enter(client, client.node(owner), "AAAA-AAAA")) for _ in range(31)
-    )
+    answers = Counter(problem_of(enter(client, client.node(owner), "AAAA-AAAA")) for _ in range(31))
     assert answers == {"wrong-code": 30, "too-many-attempts": 1}
     other = client.node(client.register())
     assert problem_of(enter(client, other, "AAAA-AAAA")) == "too-many-attempts"
@@ -213,9 +211,7 @@ def test_a_node_binds_several_users(client: Client, accounts: Accounts) -> None:
 
 
 @pytest.mark.parametrize("limit", [3])
-def test_a_user_owns_so_many_nodes(
-    client: Client, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_user_owns_so_many_nodes(client: Client, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no more."""
     monkeypatch.setattr(nodes, "MAX_NODES_OF_OWNER", limit)
     owner = client.register()

@@ -33,10 +33,7 @@ def test_reading_others_leaves_a_trace(client: Client) -> None:
     assert problem_of(client.http.get("/v1/users?login=nobody", headers=operator.auth)) == "not-found"
     client.http.get(f"/v1/accounts/user/{member.user_id}/balance", headers=operator.auth)
     client.audit(operator)
-    mine = [
-        (entry["action"], entry["target"])
-        for entry in client.audit(operator, actor_id=operator.user_id)
-    ]
+    mine = [(entry["action"], entry["target"]) for entry in client.audit(operator, actor_id=operator.user_id)]
     assert mine == [
         ("audit.read", "audit_log"),
         ("account.read", f"user/{member.user_id}"),

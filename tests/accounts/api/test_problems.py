@@ -54,7 +54,9 @@ def test_unknown_paths_and_methods(client: Client) -> None:
     assert refused.headers["allow"] == "POST"
 
 
-@pytest.mark.parametrize("cursor", ["x", cursor_of("a"), cursor_of(1, "a"), cursor_of(2**80), cursor_of(True)])
+@pytest.mark.parametrize(
+    "cursor", ["x", cursor_of("a"), cursor_of(1, "a"), cursor_of(2**80), cursor_of(True)]
+)
 def test_a_cursor_of_another_list_is_refused(client: Client, cursor: str) -> None:
     """It is said, and not taken for the first page."""
     done = client.http.get("/v1/audit", params={"cursor": cursor}, headers=client.operator().auth)

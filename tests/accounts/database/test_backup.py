@@ -45,7 +45,7 @@ def filled(client: Client) -> dict[str, Any]:
         client.bind(machine, member)
     order = {"node_ids": [machine.node_id for machine in reversed(machines)]}
     assert client.http.put("/v1/me/nodes", json=order, headers=member.auth).status_code == 200
-    client.http.patch("/v1/me", json={"display_name": "Ada \"L.\" 李 \\ 😀"}, headers=member.auth)
+    client.http.patch("/v1/me", json={"display_name": 'Ada "L." 李 \\ 😀'}, headers=member.auth)
     client.http.post("/v1/refresh", json={"refresh_token": other.refresh})
     client.http.post("/v1/login", json={"login": "ada", "password": "wrong"})
     from tests.accounts.support import ROOT
@@ -76,7 +76,9 @@ def answers(client: Client, who: dict[str, Any]) -> list[object]:
 def test_the_same_answers_afterwards(
     client: Client, target: Database, no_gateway: Gateway, tmp_path: Path
 ) -> None:
-    """Also to tokens that were issued before, and counting goes on where it was; a second backup has the same rows."""
+    """Also to tokens that were issued before, and counting goes on where it was; a second backup has the same
+    rows.
+    """
     who = filled(client)
     before = answers(client, who)
     file, again = tmp_path / "one.backup", tmp_path / "two.backup"
@@ -147,7 +149,7 @@ def test_a_damaged_file_is_refused_before_anything_is_written(
     else:
         lines = [b"\xff\n"]
     file.write_bytes(b"".join(lines))
-    with pytest.raises(BackupError, match="a.backup"):
+    with pytest.raises(BackupError, match=r"a\.backup"):
         restore(target, file, client.accounts.secrets)
     with pytest.raises(DatabaseUnfit, match="empty: there is nothing"):
         back_up(target, tmp_path / "b.backup", client.accounts.secrets, "now")

@@ -1,4 +1,6 @@
-"""The database: migrations both ways, an audit log that only grows, transactions, and the write-off's view of it."""
+"""The database: migrations both ways, an audit log that only grows, transactions, and the write-off's view of
+it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ def empty(dialect: str, make_url_of: Callable[[str, str], str]):  # type: ignore
 
 def test_up_down_and_up_again(empty: Database) -> None:
     """Each step there and back; at the bottom nothing of ours is left."""
-    with pytest.raises(DatabaseUnfit, match="at revision none.*metering accounts migrate"):
+    with pytest.raises(DatabaseUnfit, match=r"at revision none.*metering accounts migrate"):
         require_current(empty)
     assert migrate(empty) == (None, head_revision())
     assert migrate(empty) == (head_revision(), head_revision())
@@ -115,10 +117,15 @@ def test_writers_take_turns(accounts: Accounts) -> None:
 
     def add(_number: int) -> None:
         with accounts.database.write() as session:
-            session.execute(text("SELECT 1 FROM meta WHERE name = 'n' FOR UPDATE") if not
-                            accounts.database.is_sqlite else text("SELECT 1"))
+            session.execute(
+                text("SELECT 1 FROM meta WHERE name = 'n' FOR UPDATE")
+                if not accounts.database.is_sqlite
+                else text("SELECT 1")
+            )
             count = session.execute(text("SELECT value FROM meta WHERE name = 'n'")).scalar_one()
-            session.execute(text("UPDATE meta SET value = :value WHERE name = 'n'"), {"value": str(int(count) + 1)})
+            session.execute(
+                text("UPDATE meta SET value = :value WHERE name = 'n'"), {"value": str(int(count) + 1)}
+            )
 
     with accounts.database.write() as session:
         session.execute(text("INSERT INTO meta (name, value) VALUES ('n', '0')"))

@@ -52,7 +52,9 @@ def test_a_rotated_key_verifies_until_what_it_signed_has_expired(accounts: Accou
     assert published(tokens, clock) == {new_kid}
 
 
-def test_another_process_that_still_signs_with_the_old_key_is_believed(accounts: Accounts, clock: Clock) -> None:
+def test_another_process_that_still_signs_with_the_old_key_is_believed(
+    accounts: Accounts, clock: Clock
+) -> None:
     """Its cache is a few seconds old; what it signs then lives as long as any token."""
     other = AccessTokens(accounts.database, accounts.secrets, 600)
     issue(other, clock)
@@ -133,6 +135,6 @@ def test_what_is_no_token_of_ours(accounts: Accounts, clock: Clock) -> None:
         assert not works(accounts.tokens, bad, clock), bad
     key = accounts.tokens._signing_key(clock()).private
     for wrong in ({"aud": "other"}, {"iss": "other"}, {"sub": "room/r"}, {"exp": None}, {"exp": "soon"}):
-        assert not works(
-            accounts.tokens, jwt.encode(claims | wrong, key, "EdDSA", headers=headers), clock
-        ), wrong
+        assert not works(accounts.tokens, jwt.encode(claims | wrong, key, "EdDSA", headers=headers), clock), (
+            wrong
+        )

@@ -28,7 +28,7 @@ def environment(world: World, database_url: str, state: Path, **more: str) -> di
         accounts_database=database_url,
         accounts_secret=SECRET,
         accounts_argon2_time_cost="1",
-        accounts_argon2_memory_kib="8",
+        accounts_argon2_memory_kib="32",
         accounts_command_wait_ms="30000",
         state_dir=str(state),
         **more,
@@ -60,9 +60,7 @@ def test_killed_between_two_effects_the_repeat_moves_once(
     world: World, database_url: str, tmp_path: Path, point: str
 ) -> None:
     """The caller has no answer, repeats the same request on a new process, and it was carried out once."""
-    variables = environment(
-        world, database_url, tmp_path, fault=point, fault_once=str(tmp_path / "killed")
-    )
+    variables = environment(world, database_url, tmp_path, fault=point, fault_once=str(tmp_path / "killed"))
     made = metering("accounts", "migrate", environment=variables)
     assert made.returncode == 0, made.stderr.decode()
     operator = metering(
@@ -94,7 +92,9 @@ def test_killed_between_two_effects_the_repeat_moves_once(
         login = client.post("/v1/login", json={"login": "root", "password": PASSWORD}).json()
         headers = {"Authorization": f"Bearer {login['access_token']}"}
         assert client.get("/v1/me/balance", headers=headers).json()["balance"] == "5"
-        entries = client.get("/v1/audit", params={"action": "top_up.requested"}, headers=headers).json()["items"]
+        entries = client.get("/v1/audit", params={"action": "top_up.requested"}, headers=headers).json()[
+            "items"
+        ]
         assert [entry["request_id"] for entry in entries] == [request]
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(30) in (0, -signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,7 +89,11 @@ def test_a_top_up(client: Client) -> None:
     assert (line["change_minutes"], line["balance_before"], line["balance_after"]) == ("29.5", "0", "29.5")
     assert (line["request_id"], line["cell_id"], line["note"]) == (request, None, "paid")
     [entry] = client.audit(operator, action="top_up.requested")
-    assert (entry["actor_type"], entry["actor_id"], entry["request_id"]) == ("operator", operator.user_id, request)
+    assert (entry["actor_type"], entry["actor_id"], entry["request_id"]) == (
+        "operator",
+        operator.user_id,
+        request,
+    )
     assert entry["target"] == f"user/{member.user_id}"
     assert entry["payload"] == {"amount_us": 1_770_000_000, "node_account": None, "reason": "paid"}
 
@@ -155,7 +160,9 @@ def test_a_statement_is_paged_newest_first(client: Client) -> None:
         assert top_up(client, operator, f"user/{member.user_id}", str(minutes), key()).status_code == 200
     lines = statement(client, member, 5)
     assert [line["change_minutes"] for line in lines] == ["5", "4", "3", "2", "1"]
-    assert all(later["balance_before"] == earlier["balance_after"] for later, earlier in zip(lines, lines[1:], strict=False))
+    assert all(
+        later["balance_before"] == earlier["balance_after"] for later, earlier in itertools.pairwise(lines)
+    )
 
 
 def test_whom_nobody_knows_gets_nothing(client: Client) -> None:
@@ -207,12 +214,17 @@ def test_usage_per_session_and_room(client: Client, world: World) -> None:
 
     member, other = client.register(), client.register()
     lines = []
-    for seq, (scope, minute, share) in enumerate(
-        [("session/s-1", 0, 60_000_000), ("session/s-2", 2, 30_000_000), ("session/s-2", 3, 1), ("room/r-1", 1, 90)], 1
+    for seq, (name, minute, share) in enumerate(
+        [
+            ("session/s-1", 0, 60_000_000),
+            ("session/s-2", 2, 30_000_000),
+            ("session/s-2", 3, 1),
+            ("room/r-1", 1, 90),
+        ],
+        1,
     ):
-        prefix = uuid.UUID(int=0).hex[:2]
-        scope = f"{scope}{prefix}{member.user_id}"
-        kind, _, scope_id = scope.partition("/")
+        kind, _, scope_id = f"{name}-{member.user_id}".partition("/")
+        scope = f"{kind}/{scope_id}"
         for user, change_us in ((member, -share), (other, -5)):
             lines.append(
                 ledger_line(
@@ -224,7 +236,9 @@ def test_usage_per_session_and_room(client: Client, world: World) -> None:
                     **{f"{kind}_id": scope_id},
                 )
             )
-    ClickHouseJournal(clickhouse_client(world.settings), world.settings.clickhouse_database).insert_lines(lines)
+    ClickHouseJournal(clickhouse_client(world.settings), world.settings.clickhouse_database).insert_lines(
+        lines
+    )
 
     def usage(by: str, **params: Any) -> Any:
         done = client.http.get("/v1/me/usage", params={"by": by, **params}, headers=member.auth)
@@ -253,7 +267,12 @@ def test_balances_of_a_redis_without_an_epoch_are_not_believed(
     wait_until(lambda: balance(client, member) == "4", "the first top-up", 60)
     live.hset(redis_keys.balance(account), mapping={"held_us": 60_000_000, "floor_us": -1})
     shown = client.http.get("/v1/me/balance", headers=member.auth).json()
-    assert (shown["balance"], shown["held"], shown["floor"], shown["floor_us"]) == ("4", "1", "-0.000000017", -1)
+    assert (shown["balance"], shown["held"], shown["floor"], shown["floor_us"]) == (
+        "4",
+        "1",
+        "-0.000000017",
+        -1,
+    )
     epoch = live.get(redis_keys.EPOCH)
     assert epoch is not None
     live.delete(redis_keys.EPOCH)
@@ -316,7 +335,9 @@ def quiet(world: World, gateway: Gateway, make_client: MakeClient) -> tuple[Clie
 
 def messages(world: World, topic: str, count: int) -> list[tuple[bytes, bytes]]:
     """The key and value of the first messages of a topic of one partition."""
-    consumer = Consumer({"bootstrap.servers": world.settings.kafka, "group.id": "tests", "enable.auto.commit": False})
+    consumer = Consumer(
+        {"bootstrap.servers": world.settings.kafka, "group.id": "tests", "enable.auto.commit": False}
+    )
     consumer.assign([TopicPartition(topic, 0, 0)])
     found: list[tuple[bytes, bytes]] = []
 
@@ -371,11 +392,25 @@ def test_a_node_tops_up_a_bound_user_from_its_credit(
         "node_account": f"node/{node.node_id}",
     }
     assert decode_command(value).kind is CommandKind.TOP_UP
-    asked = Asked(CommandKind.TOP_UP, data["account"], 120_000_000, full_id, "thanks", data["actor"], data["node_account"])
+    asked = Asked(
+        CommandKind.TOP_UP,
+        data["account"],
+        120_000_000,
+        full_id,
+        "thanks",
+        data["actor"],
+        data["node_account"],
+    )
     moved = 120_000_000 if outcome == "APPLIED" else 0
     live.hset(
         redis_keys.request(full_id),
-        mapping={"digest": asked.digest, "outcome": outcome, "amount_us": moved, "balance_us": moved, "at_ms": 1},
+        mapping={
+            "digest": asked.digest,
+            "outcome": outcome,
+            "amount_us": moved,
+            "balance_us": moved,
+            "at_ms": 1,
+        },
     )
     for _ in range(2):
         done = give()

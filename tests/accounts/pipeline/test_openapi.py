@@ -1,6 +1,7 @@
 """The OpenAPI document is what the API does: schemathesis finds nothing that differs.
 
-A bounded number of examples, the same ones each time. Whoever asks is an operator or, where it is for nodes, a node.
+A bounded number of examples, the same ones each time. Whoever asks is an operator or, where it is for nodes,
+a node.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def asked(make_client: MakeClient) -> Client:
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_what_is_documented_is_what_is_done(asked: Client, mode: GenerationMode) -> None:
-    """Statuses, media types, schemas, headers; valid requests are taken, others refused, nobody comes in unasked."""
+    """Statuses, media types, schemas, headers; valid requests are taken, others refused, nobody comes in
+    unasked.
+    """
     app = asked.http.app
     assert isinstance(app, FastAPI)
     schema = schemathesis.openapi.from_asgi("/v1/openapi.json", app)

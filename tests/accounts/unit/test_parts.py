@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 from accounts.api.wire import PositiveMinutes, SignedMinutes, amount_us, cursor_of, place_of
 from accounts.attempts import address_key
@@ -18,7 +19,6 @@ from accounts.passwords import Argon2Parameters, Passwords, weakness
 from accounts.secrets import Secrets, secret_in_file
 from accounts.security_codes import ALPHABET, LENGTH, canonical, new_code
 from metering.money import US_PER_MINUTE
-from pydantic import TypeAdapter, ValidationError
 from tests.accounts.support import CHEAP, SECRET, at_once
 
 
@@ -102,7 +102,9 @@ def test_macs_differ_by_purpose_and_secret() -> None:
     """And are the same for the same."""
     secrets, other = Secrets(SECRET), Secrets(SECRET + "!")
     assert secrets.mac("a", "x") == Secrets(SECRET).mac("a", "x")
-    assert len({secrets.mac("a", "x"), secrets.mac("b", "x"), secrets.mac("a", "y"), other.mac("a", "x")}) == 4
+    assert (
+        len({secrets.mac("a", "x"), secrets.mac("b", "x"), secrets.mac("a", "y"), other.mac("a", "x")}) == 4
+    )
     assert secrets.fingerprint != other.fingerprint
     with pytest.raises(ValueError, match="32"):
         Secrets("x" * 31)
@@ -132,7 +134,9 @@ def test_amounts_that_are_taken_are_whole_microseconds(text: str) -> None:
     assert amount_us(text) == Decimal(text) * US_PER_MINUTE
 
 
-@pytest.mark.parametrize("text", ["0", "0.0", "-0", "-1", "1.12345678", "12345678", "1e3", ".5", "5.", " 1", "+1", "١"])
+@pytest.mark.parametrize(
+    "text", ["0", "0.0", "-0", "-1", "1.12345678", "12345678", "1e3", ".5", "5.", " 1", "+1", "١"]
+)
 def test_amounts_that_are_not_taken(text: str) -> None:
     """Nothing, less than nothing, too fine, too large, or no plain decimal."""
     with pytest.raises(ValidationError):
