@@ -16,6 +16,7 @@ RUN groupadd --gid 10001 metering \
 COPY --from=dependencies /opt/venv /opt/venv
 # The program runs from its source: building a package of it would fetch tools that are not in the lock.
 WORKDIR /opt/metering
+COPY accounts ./accounts
 COPY app ./app
 COPY flows ./flows
 COPY metering ./metering

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from app import accounts_cli
 from app.errors import CommandError
 
 app = typer.Typer(
@@ -24,6 +25,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(accounts_cli.accounts_app)
+# What an operator looks for first when something is lost.
+app.command()(accounts_cli.backup)
+app.command()(accounts_cli.restore)
 
 AccountArgument = Annotated[str, typer.Argument(help="user/<id>, node/<id> or platform/<name>")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output, amounts in us")]

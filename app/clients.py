@@ -30,7 +30,7 @@ class ServerAway(CommandError):
     """A server cannot be reached or does not let us in. One line, to be shown as it is."""
 
 
-def clickhouse_client(settings: Settings) -> Client:
+def clickhouse_client(settings: Settings, *, timeout_s: float = CLICKHOUSE_TIMEOUT_S) -> Client:
     """A client that is safe to share between threads: it holds no session.
 
     Connects at once (two small queries) and raises ServerAway when it cannot; the caller decides whether to
@@ -57,7 +57,7 @@ def clickhouse_client(settings: Settings) -> Client:
             autogenerate_session_id=False,
             query_retries=0,
             connect_timeout=CONNECT_TIMEOUT_S,
-            send_receive_timeout=CLICKHOUSE_TIMEOUT_S,
+            send_receive_timeout=timeout_s,
             client_name="lingua-metering",
             pool_mgr=get_pool_manager(maxsize=CLICKHOUSE_POOL_SIZE) if near else None,
         )
@@ -68,7 +68,7 @@ def clickhouse_client(settings: Settings) -> Client:
     return client
 
 
-def redis_client(settings: Settings) -> redis.Redis:
+def redis_client(settings: Settings, *, timeout_s: float = REDIS_TIMEOUT_S) -> redis.Redis:
     """A client that gives bytes and never tries a command again by itself, because the retry of a command
     whose answer was lost would run it twice. Connects on first use."""
     try:
@@ -76,8 +76,8 @@ def redis_client(settings: Settings) -> redis.Redis:
             settings.redis,
             decode_responses=False,
             retry=Retry(NoBackoff(), 0),
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            socket_timeout=REDIS_TIMEOUT_S,
+            socket_connect_timeout=min(CONNECT_TIMEOUT_S, timeout_s),
+            socket_timeout=timeout_s,
             socket_keepalive=True,
             health_check_interval=REDIS_HEALTH_CHECK_S,
         )

@@ -91,6 +91,27 @@ def _clickhouse_url(text: str) -> str:
     return text
 
 
+def _accounts_database(text: str | None) -> str | None:
+    if text is None:
+        return None
+    expected = ValueError("must be sqlite:///FILE or postgresql://user@host/database")
+    try:
+        url = urlsplit(text)
+    except ValueError:
+        raise expected from None
+    if url.scheme == "sqlite" and not url.netloc and len(url.path) > 1:
+        return text
+    if url.scheme != "postgresql" or url.path in ("", "/"):
+        raise expected
+    return text
+
+
+def _long_secret(secret: SecretStr) -> SecretStr:
+    if 0 < len(secret.get_secret_value()) < 32:
+        raise ValueError("must have at least 32 characters")
+    return secret
+
+
 def _not_boolean(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("must be a number")
@@ -178,6 +199,36 @@ class Settings(BaseSettings):
     usage_linger_ms: Annotated[Count, Field(ge=0, le=60_000)] = Field(
         default=500, description="milliseconds that the usage store gathers rows for one insert"
     )
+    accounts_database: Annotated[str | None, AfterValidator(_accounts_database)] = Field(
+        default=None,
+        description="database of the accounts: sqlite:///FILE or postgresql://...; without it, SQLite in "
+        "`METERING_STATE_DIR/accounts.db`",
+        repr=False,
+    )
+    accounts_secret: Annotated[SecretStr, AfterValidator(_long_secret)] = Field(
+        default=SecretStr(""),
+        description="root of every key of the accounts, at least 32 characters, the same in every process and for "
+        "ever; without it, the one in `METERING_STATE_DIR/accounts.secret`, made at the first use",
+    )
+    accounts_pool_size: Annotated[Count, Field(ge=1, le=1_000)] = Field(
+        default=10,
+        description="connections that a process keeps to the accounts database; as many again at peaks",
+    )
+    accounts_access_token_s: Annotated[Count, Field(ge=30, le=86_400)] = Field(
+        default=600, description="seconds that an access token lives"
+    )
+    accounts_refresh_token_s: Annotated[Count, Field(ge=60, le=31_536_000)] = Field(
+        default=2_592_000, description="seconds after its last refresh at which a log-in is over"
+    )
+    accounts_argon2_time_cost: Annotated[Count, Field(ge=1, le=100)] = Field(
+        default=3, description="passes of argon2id over its memory; hashes are made anew when it changes"
+    )
+    accounts_argon2_memory_kib: Annotated[Count, Field(ge=32, le=4_194_304)] = Field(
+        default=65_536, description="memory of one argon2id hash in KiB"
+    )
+    accounts_command_wait_ms: Annotated[Count, Field(ge=0, le=60_000)] = Field(
+        default=5_000, description="milliseconds that a top-up waits for its result before it answers 202"
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -255,7 +306,7 @@ def _explain(
 
 def _shown(field: str, value: object) -> str:
     """The value without its secrets, and not longer than a line allows."""
-    if field.endswith("password"):
+    if field.endswith(("password", "secret")):
         return "***"
     text = one_line(str(value))
     text = re.sub(r"://.*@", "://***@", text)

@@ -34,6 +34,10 @@ REBUILD_BALANCES_WRITTEN = "rebuild_balances_written"
 """rebuild-balances: balances are restored, commands are not read again."""
 REBUILD_COMMANDS_READ = "rebuild_commands_read"
 """rebuild-balances: all is restored, the new epoch is not announced."""
+ACCOUNTS_REQUEST_NOTED = "accounts_request_noted"
+"""accounts: a money request and its audit entry are written, its command is not sent."""
+ACCOUNTS_COMMAND_SENT = "accounts_command_sent"
+"""accounts: the command is in Kafka, the caller has no answer."""
 
 POINTS = (
     AFTER_REDIS_SCRIPT,
@@ -48,6 +52,11 @@ POINTS = (
     REBUILD_BALANCES_WRITTEN,
     REBUILD_COMMANDS_READ,
 )
+
+ACCOUNTS_POINTS = (ACCOUNTS_REQUEST_NOTED, ACCOUNTS_COMMAND_SENT)
+"""Of the accounts API, which the chaos harness does not run: tests/accounts/pipeline/test_kill.py kills it
+there.
+"""
 
 _point, _, _nth = os.environ.get("METERING_FAULT", "").partition(":")
 _once = os.environ.get("METERING_FAULT_ONCE", "")

@@ -47,6 +47,15 @@ DRIFT_ITEMS = Gauge(
     "metering_drift_items", "Accounts, cells, messages that differ, by comparison", ["comparison"]
 )
 LIVE_SCOPES = Gauge("metering_live_scopes", "Scopes whose state is kept")
+ACCOUNTS_HTTP = Counter("metering_accounts_http", "Answers of the accounts API", ["route", "status"])
+ACCOUNTS_LIMITED = Counter(
+    "metering_accounts_limited", "Attempts refused because there were too many", ["limit"]
+)
+ACCOUNTS_REQUESTS = Counter(
+    "metering_accounts_requests",
+    "Top-ups and adjustments that were sent, by what was answered",
+    ["kind", "status"],
+)
 
 
 def start_known_series(flow: str, reasons: Iterable[str]) -> None:

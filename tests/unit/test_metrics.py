@@ -10,7 +10,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from telemetry import metrics
 from telemetry.export import LABELS, PAGE, ROOT, described_metrics, metrics_page
 
-FEEDING = ("flows", "sources", "sinks", "app")
+FEEDING = ("flows", "sources", "sinks", "accounts", "app")
 
 
 def test_the_page_is_current() -> None:

@@ -147,6 +147,26 @@ def test_reserved_names_are_tolerated(name: str, monkeypatch: pytest.MonkeyPatch
             "maybe",
             "METERING_BROKER_APPEND_TIME='maybe': must be a valid boolean",
         ),
+        (
+            "METERING_ACCOUNTS_DATABASE",
+            "mysql://u:s3cret@h/d",
+            "METERING_ACCOUNTS_DATABASE='mysql://***@h/d': must be",
+        ),
+        (
+            "METERING_ACCOUNTS_DATABASE",
+            "sqlite://",
+            "METERING_ACCOUNTS_DATABASE='sqlite://': must be sqlite:///FILE",
+        ),
+        (
+            "METERING_ACCOUNTS_DATABASE",
+            "postgresql://h",
+            "METERING_ACCOUNTS_DATABASE='postgresql://h': must be",
+        ),
+        (
+            "METERING_ACCOUNTS_SECRET",
+            "s3cret",
+            "METERING_ACCOUNTS_SECRET=***: must have at least 32 characters",
+        ),
         ("METERING_SETTINGS", "/missing.toml", "settings file /missing.toml: No such file or directory"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Alembic's scripts: one file a revision. An applied file never changes; whoever wants more adds one."""
