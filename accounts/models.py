@@ -185,3 +185,39 @@ class Attempts(Base):
     window_start_ms: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     count: Mapped[int] = mapped_column(Integer)
     expires_at_ms: Mapped[int] = mapped_column(BigInteger, index=True)
+
+
+class WriteOffPeriod(Base):
+    """A period whose write-offs are planned: its transfers were written down with it."""
+
+    __tablename__ = "write_off_periods"
+
+    period_ms: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    planned_at_ms: Mapped[int] = mapped_column(BigInteger)
+
+
+class WriteOffTransfer(Base):
+    """What a node is to pay for a user, at most; and once it is closed, what it paid."""
+
+    __tablename__ = "write_off_transfers"
+    __table_args__ = (UniqueConstraint("period_ms", "user_id", "node_id"),)
+
+    period_ms: Mapped[int] = mapped_column(ForeignKey("write_off_periods.period_ms"), primary_key=True)
+    position: Mapped[int] = mapped_column(Integer, primary_key=True)
+    user_id: Mapped[str] = mapped_column(String(128))
+    node_id: Mapped[str] = mapped_column(String(128))
+    amount_us: Mapped[int] = mapped_column(BigInteger)
+    closed_at_ms: Mapped[int | None] = mapped_column(BigInteger, index=True)
+    outcome: Mapped[str | None] = mapped_column(String(16))
+    moved_us: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class Subscription(Base):
+    """A user's plan, and the start of the last period of it that was given."""
+
+    __tablename__ = "subscriptions"
+
+    user_id: Mapped[str] = mapped_column(ForeignKey("users.user_id", ondelete="CASCADE"), primary_key=True)
+    plan: Mapped[str] = mapped_column(String(32), primary_key=True)
+    issued_period_ms: Mapped[int] = mapped_column(BigInteger)
+    subscribed_at_ms: Mapped[int] = mapped_column(BigInteger)

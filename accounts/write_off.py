@@ -1,27 +1,29 @@
-"""What the write-off flow needs of the accounts: who pays for whom, and a place to record that it did. No HTTP.
+"""What the write-off flow needs of the accounts: who pays for whom, and which transfers are planned and closed.
 
-Both block for as long as the database takes and raise SQLAlchemy's errors when it does not answer; both may be
+All block for as long as the database takes and raise SQLAlchemy's errors when it does not answer; all may be
 repeated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import insert, select, update
+from sqlalchemy.engine import CursorResult
 
 from accounts import audit
-from accounts.audit import Actor, ActorType
-from accounts.database import Database
-from accounts.models import Binding
+from accounts.audit import Action, Actor, ActorType
+from accounts.database import Database, insert_if_absent
+from accounts.models import Binding, WriteOffPeriod, WriteOffTransfer
+from metering.money import node_account, user_account
+from metering.write_off import Transfer, TransferResult
 
 CHUNK = 1_000
 """Users in one query; SQLite takes 32 766 variables."""
 
 
 class WriteOffAccounts:
-    """The accounts database, as the write-off flow sees it; safe to share between threads."""
+    """`metering.write_off.WriteOffBook` in the accounts database; safe to share between threads."""
 
     def __init__(self, database: Database, now_ms: Callable[[], int]) -> None:
         self._database = database
@@ -41,26 +43,71 @@ class WriteOffAccounts:
                     found.setdefault(user_id, []).append(node_id)
         return found
 
-    def record(
-        self,
-        actor_type: str,
-        actor_id: str,
-        action: str,
-        target: str,
-        request_id: str,
-        payload: Mapping[str, Any],
-    ) -> bool:
-        """Append an act to the audit log, once for each (action, request_id); whether it is new.
+    def is_planned(self, period_ms: int) -> bool:
+        """Whether the plan of a period is written down."""
+        with self._database.read() as session:
+            return session.get(WriteOffPeriod, period_ms) is not None
 
-        `actor_type`: user, operator, node or system. The first payload stays; a repeat changes nothing.
-        """
+    def plan(self, period_ms: int, transfers: Sequence[Transfer]) -> None:
+        """Write the plan of a period down, whole, unless there is one."""
         with self._database.write() as session:
-            return audit.record(
+            period = {"period_ms": period_ms, "planned_at_ms": self._now_ms()}
+            if not insert_if_absent(session, WriteOffPeriod, period):
+                return
+            rows = [
+                {
+                    "period_ms": period_ms,
+                    "position": position,
+                    "user_id": transfer.user_id,
+                    "node_id": transfer.node_id,
+                    "amount_us": transfer.amount_us,
+                }
+                for position, transfer in enumerate(transfers)
+            ]
+            if rows:
+                session.execute(insert(WriteOffTransfer), rows)
+
+    def open_transfers(self) -> list[Transfer]:
+        """Those that were planned and not closed, of all periods, in the order of their plans."""
+        kept = WriteOffTransfer
+        query = (
+            select(kept.period_ms, kept.user_id, kept.node_id, kept.amount_us)
+            .where(kept.closed_at_ms.is_(None))
+            .order_by(kept.period_ms, kept.position)
+        )
+        with self._database.read() as session:
+            return [Transfer(*row) for row in session.execute(query)]
+
+    def close(self, transfer: Transfer, result: TransferResult) -> None:
+        """Close a transfer and enter it in the audit log, in one transaction; a closed one stays as it is."""
+        now_ms = self._now_ms()
+        kept = WriteOffTransfer
+        with self._database.write() as session:
+            done = session.execute(
+                update(kept)
+                .where(
+                    kept.period_ms == transfer.period_ms,
+                    kept.user_id == transfer.user_id,
+                    kept.node_id == transfer.node_id,
+                    kept.closed_at_ms.is_(None),
+                )
+                .values(closed_at_ms=now_ms, outcome=result.outcome, moved_us=result.amount_us)
+            )
+            assert isinstance(done, CursorResult)
+            if not done.rowcount:
+                return
+            audit.record(
                 session,
-                Actor(ActorType(actor_type), actor_id),
-                action,
-                target,
-                at_ms=self._now_ms(),
-                request_id=request_id,
-                payload=payload,
+                Actor(ActorType.SYSTEM, "write_off"),
+                Action.WRITTEN_OFF,
+                user_account(transfer.user_id),
+                at_ms=now_ms,
+                request_id=transfer.request_id,
+                payload={
+                    "node_account": node_account(transfer.node_id),
+                    "amount_us": transfer.amount_us,
+                    "outcome": result.outcome,
+                    "moved_us": result.amount_us,
+                    "balance_us": result.balance_us,
+                },
             )

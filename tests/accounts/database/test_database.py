@@ -169,21 +169,6 @@ def test_the_write_off_sees_who_pays_first(accounts: Accounts, clock: Clock) -> 
     assert view.bound_nodes([]) == {}
 
 
-def test_the_write_off_records_once(accounts: Accounts, clock: Clock) -> None:
-    """Once for each action and request, however often and however many at once; the first payload stays."""
-    view = WriteOffAccounts(accounts.database, clock)
-
-    def write(number: int) -> bool:
-        return view.record("system", "write_off", "write_off", "user/u-5", "w:1", {"number": number})
-
-    done = at_once(6, write)
-    assert sum(done) == 1
-    assert not write(9)
-    assert view.record("system", "write_off", "write_off", "user/u-5", "w:2", {})
-    assert view.record("system", "write_off", "write_off.skipped", "user/u-5", "w:1", {})
-    assert _payloads(accounts) == [f'{{"number":{done.index(True)}}}', "{}", "{}"]
-
-
 def _recorded(accounts: Accounts) -> None:
     with accounts.database.write() as session:
         assert record(session, Actor(ActorType.USER, "u"), "x", "user/u", at_ms=1)

@@ -389,9 +389,9 @@ def test_a_node_tops_up_a_bound_user_from_its_credit(
         "request_id": full_id,
         "reason": "thanks",
         "actor": f"node/{node.node_id}",
-        "node_account": f"node/{node.node_id}",
+        "paid_by": f"node/{node.node_id}",
     }
-    assert decode_command(value).kind is CommandKind.TOP_UP
+    assert decode_command(value).node_account == f"node/{node.node_id}"
     asked = Asked(
         CommandKind.TOP_UP,
         data["account"],
@@ -399,7 +399,7 @@ def test_a_node_tops_up_a_bound_user_from_its_credit(
         full_id,
         "thanks",
         data["actor"],
-        data["node_account"],
+        data["paid_by"],
     )
     moved = 120_000_000 if outcome == "APPLIED" else 0
     live.hset(
