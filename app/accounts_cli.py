@@ -16,6 +16,8 @@ accounts_app = typer.Typer(
     no_args_is_help=True,
 )
 
+UserId = Annotated[str, typer.Argument(help="the user's id, without user/")]
+PlanName = Annotated[str, typer.Argument(help="name of the plan")]
 BackupFile = Annotated[Path, typer.Argument(help="the backup, a text file")]
 
 
@@ -119,6 +121,43 @@ def rotate_key(
     accounts = open_accounts(load_settings())
     with clear_failures():
         typer.echo(accounts.tokens.rotate(Actor(ActorType.SYSTEM, "cli/metering"), now_ms(), at_once=at_once))
+
+
+@accounts_app.command()
+def subscribe(user_id: UserId, plan: PlanName) -> None:
+    """Give a user a plan of the file METERING_PLANS, from the period that lies now on."""
+    from accounts.audit import Actor, ActorType
+    from accounts.plans import Subscriptions
+    from app.accounts_service import clear_failures, now_ms, open_database
+    from schemas.plans import load_plans
+    from schemas.settings import load_settings
+
+    settings = load_settings()
+    known = load_plans(settings.plans)
+    if plan not in known:
+        raise CommandError(
+            f"there is no plan {plan!r}: METERING_PLANS has {', '.join(known) or 'none'}", exit_code=2
+        )
+    with clear_failures():
+        subscriptions = Subscriptions(open_database(settings), now_ms)
+        if not subscriptions.subscribe(user_id, plan, Actor(ActorType.SYSTEM, "cli/metering")):
+            raise CommandError(f"there is no user {user_id!r}")
+    _say(f"user/{user_id} has plan {plan}")
+
+
+@accounts_app.command()
+def unsubscribe(user_id: UserId, plan: PlanName) -> None:
+    """Take a plan from a user. Minutes that were given stay until they expire."""
+    from accounts.audit import Actor, ActorType
+    from accounts.plans import Subscriptions
+    from app.accounts_service import clear_failures, now_ms, open_database
+    from schemas.settings import load_settings
+
+    with clear_failures():
+        subscriptions = Subscriptions(open_database(load_settings()), now_ms)
+        if not subscriptions.unsubscribe(user_id, plan, Actor(ActorType.SYSTEM, "cli/metering")):
+            raise CommandError(f"user/{user_id} does not have plan {plan}")
+    _say(f"user/{user_id} has plan {plan} no more")
 
 
 @accounts_app.command()

@@ -311,6 +311,27 @@ def rebuild_balances(
     )
 
 
+@app.command(name="write-off")
+def write_off(
+    *,
+    patience: Annotated[
+        float, typer.Option(min=0, help="seconds to wait for the ledger to have every transfer")
+    ] = 60.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Now, not only at the next half hour: pay users' debts from the credit of the nodes bound to them.
+
+    Killed at any point, run it again, or leave it to the flow: no transfer is carried out twice.
+    """
+    from app.write_offs import run_write_off
+    from schemas.settings import load_settings
+
+    done = run_write_off(load_settings(), _now_ms(), patience_s=patience)
+    if as_json:
+        _print_json([done])
+    _say(f"{done.closed} transfers closed, {done.moved_us} us moved, {done.open} still open")
+
+
 @app.command(name="reconcile")
 def reconcile_books(
     *,

@@ -28,11 +28,13 @@ import flows.alerts
 import flows.ledger
 import flows.settlement
 import flows.usage_store
+import flows.write_off
 from app.books import BooksDiffer, check_log, expected_epoch, register_rates, remember_entry, seen_entry
 from app.clients import clickhouse_client, redis_client
 from app.errors import CommandError
 from app.fence_keeper import FenceKeeper
 from app.migrate import require_append_time
+from app.write_offs import run_period
 from flows.settlement import SettlementRules
 from metering.cells import WINDOW_MS, window_start_ms
 from metering.outbox import Continuity
@@ -52,6 +54,7 @@ from sinks.retrying import retrying
 from sources.archive import ClickHouseArchive
 from sources.kafka import KafkaSource, Progress, WrongLog
 from sources.outbox import OutboxSource
+from sources.timer import PeriodSource
 from telemetry import metrics
 
 
@@ -83,6 +86,11 @@ def ledger() -> Dataflow:
 def alerts() -> Dataflow:
     """Thresholds that balances fell past, from the outbox in Redis to Kafka."""
     return _built(_alerts)
+
+
+def write_off() -> Dataflow:
+    """Every period, debts paid from the credit of bound nodes: money commands, and the accounts' audit log."""
+    return _built(_write_off)
 
 
 def _settlement(settings: Settings) -> Dataflow:
@@ -207,6 +215,13 @@ def _alerts(settings: Settings) -> Dataflow:
         OutboxSource(client, heals, None, refuse, after),
         lambda messages: producer.send([Outgoing(key, value) for key, value in messages]),
         note,
+    )
+
+
+def _write_off(settings: Settings) -> Dataflow:
+    return flows.write_off.build_flow(
+        PeriodSource(now_ms, settings.write_off_interval_s * 1000),
+        lambda period_ms: run_period(settings, period_ms, say),
     )
 
 

@@ -32,6 +32,8 @@ from types import FrameType
 
 from bytewax.recovery import init_db_dir
 
+from accounts.migrate import migrate as migrate_accounts
+from app.accounts_service import open_database
 from app.adopt_log import adopt_new_log
 from app.clients import clickhouse_client, redis_client
 from app.embedded import apache_kafka, broker, clickhouse, process, valkey
@@ -94,7 +96,14 @@ def default_flows(settings: Settings) -> tuple[Flow, ...]:
         bytewax_flow("ledger", settings, reads_broker=False, needs_recovery=False),
         Flow("audit", (sys.executable, "-m", "app.repair.service"), reads_broker=True),
         bytewax_flow("alerts", settings, reads_broker=False, needs_recovery=False),
+        bytewax_flow("write_off", settings, reads_broker=False, needs_recovery=False),
     )
+
+
+def accounts_api(port: int) -> Flow:
+    """The accounts API, on this port of the loopback."""
+    command = (sys.executable, "-m", "app", "accounts", "serve", "--host", LOOPBACK, "--port", str(port))
+    return Flow("accounts", command, reads_broker=False, stop_deadline_s=20.0)
 
 
 def bytewax_flow(name: str, settings: Settings, reads_broker: bool, needs_recovery: bool) -> Flow:
@@ -135,6 +144,10 @@ def run_up(
     settings = load_settings() if settings is None else settings
     # A wrong one is said now, not three times by each flow.
     load_rate_card(settings.rate_card)
+    port = settings.accounts_port or process.free_port()
+    if flows is None:
+        flows = (*default_flows(settings), accounts_api(port))
+        _say(f"the accounts API will be on http://{LOOPBACK}:{port}/v1")
     directory = directory.absolute()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -145,7 +158,7 @@ def run_up(
             directory,
             broker_kind=broker,
             settings=settings,
-            flows=default_flows(settings) if flows is None else flows,
+            flows=flows,
             hooks=default_hooks() if hooks is None else hooks,
             lock=lock,
         )
@@ -590,6 +603,7 @@ def _write(file: Path, text: str) -> None:
 def _prepare_stores(settings: Settings) -> None:
     client = clickhouse_client(settings)
     run_migrations(client, settings.clickhouse_database)
+    migrate_accounts(open_database(settings))
     initialise_redis(redis_client(settings), client, settings.clickhouse_database)
 
 

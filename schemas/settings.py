@@ -188,10 +188,18 @@ class Settings(BaseSettings):
         default=604_800,
         description="seconds that Redis keeps the result of a money command; its request id stays spent for ever",
     )
+    write_off_interval_s: Annotated[Count, Field(ge=1, le=86_400)] = Field(
+        default=1_800,
+        description="seconds of a period: once in each, users below zero are paid for from their nodes' credit",
+    )
+    plans: Path | None = Field(
+        default=None, description="file of plans, JSON or TOML: minutes that a period includes"
+    )
     metrics_port: Annotated[Count, Field(ge=0, le=65_535)] = Field(
         default=0,
         description="TCP port of a process's Prometheus metrics; 0 is off. Under `metering up` the flows take "
-        "this port and the next ones, in the order settlement, usage_store, ledger, audit, alerts",
+        "this port and the next ones, in the order settlement, usage_store, ledger, audit, alerts, write_off, "
+        "accounts",
     )
     epoch_interval_s: Annotated[Count, Field(ge=1, le=3_600)] = Field(
         default=10, description="seconds between two snapshots of a flow (Bytewax's epoch interval)"
@@ -209,6 +217,10 @@ class Settings(BaseSettings):
         default=SecretStr(""),
         description="root of every key of the accounts, at least 32 characters, the same in every process and for "
         "ever; without it, the one in `METERING_STATE_DIR/accounts.secret`, made at the first use",
+    )
+    accounts_port: Annotated[Count, Field(ge=0, le=65_535)] = Field(
+        default=0,
+        description="TCP port of the accounts API under `metering up`, on the loopback; 0 is any free one",
     )
     accounts_pool_size: Annotated[Count, Field(ge=1, le=1_000)] = Field(
         default=10,

@@ -26,7 +26,8 @@ LABELS = {
     "`CONFLICT`, `OVER_LIMIT` or `INSUFFICIENT`",
     "threshold": "what a balance fell past: `low`, `zero` or `floor`",
     "comparison": "which two stores were compared, as in the report of `metering reconcile`",
-    "result": "of a resettle `complete`, `superseded`, `failed`; of a reconciliation its status, or `failed`",
+    "result": "of a resettle `complete`, `superseded`, `failed`; of a reconciliation its status, or `failed`; of "
+    "write-offs `complete`, `open` when some wait for the ledger, `failed`",
     "table": "the table in ClickHouse",
     "route": "of the accounts API: method and path, with names for what varies",
     "status": "of an answer the HTTP status; of a money request `pending`, `applied`, `over_limit`, `insufficient`",

@@ -20,6 +20,12 @@ AFTER_USAGE_INSERT = "after_usage_insert"
 """usage_store: rows are in ClickHouse, neither their position nor a snapshot is."""
 AFTER_ALERTS_SENT = "after_alerts_sent"
 """alerts: alerts are in Kafka, how far they are is not noted."""
+WRITE_OFF_PLANNED = "write_off_planned"
+"""write_off: the plan of a period is written down, nothing is sent."""
+WRITE_OFF_SENT = "write_off_sent"
+"""write_off: the transfers are in the log, none is closed."""
+WRITE_OFF_CLOSED_ONE = "write_off_closed_one"
+"""write_off: one transfer is closed and in the audit log, others are not."""
 DURING_MIGRATION = "during_migration"
 """migrate: a migration's effect is there, its record is not."""
 RESETTLE_TOKEN_TAKEN = "resettle_token_taken"
@@ -44,6 +50,9 @@ POINTS = (
     AFTER_CLICKHOUSE_INSERT,
     AFTER_USAGE_INSERT,
     AFTER_ALERTS_SENT,
+    WRITE_OFF_PLANNED,
+    WRITE_OFF_SENT,
+    WRITE_OFF_CLOSED_ONE,
     DURING_MIGRATION,
     RESETTLE_TOKEN_TAKEN,
     RESETTLE_READ,

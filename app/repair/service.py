@@ -1,7 +1,9 @@
-"""The process `audit`: resettles and reconciles on timers, for as long as it runs: `python -m app.repair.service`.
+"""The process `audit`: what is done on timers, for as long as it runs: `python -m app.repair.service`. It
+resettles, reconciles, and gives subscribers what their plans include.
 
-Neither is urgent and both may fail, when a server is away or a flow is behind: then it is said, counted, and done
-at the next turn. Drift is said and shown by the gauges; it is not repaired, except by the next resettle.
+Nothing of it is urgent, and all of it may fail, when a server is away or a flow is behind: then it is said,
+counted, and done at the next turn. Drift is said and shown by the gauges; it is not repaired, except by the
+next resettle.
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ from pathlib import Path
 from prometheus_client import start_http_server
 
 from app.errors import CommandError
+from app.plan_grants import issue_plans
 from app.repair.reconcile import reconcile
 from app.repair.resettle import run_resettle
+from schemas.plans import load_plans
 from schemas.rate_card import load_rate_card
 from schemas.settings import Settings, SettingsError, load_settings
 from telemetry import metrics
+
+PLANS_INTERVAL_S = 60.0
 
 FIRST_RECONCILE_S = 60.0
 """A flow that has just started has a backlog to work off."""
@@ -88,6 +94,13 @@ def reconcile_turn(settings: Settings) -> None:
         say("the books do not agree: run `metering reconcile` and see the runbook")
 
 
+def plans_turn(settings: Settings) -> None:
+    """Give subscribers what their plans include."""
+    issued = issue_plans(settings)
+    if issued:
+        say(f"plans: minutes of this period given to {issued} subscribers")
+
+
 def main() -> None:
     """Run until SIGTERM or SIGINT."""
     stop = threading.Event()
@@ -97,12 +110,13 @@ def main() -> None:
     try:
         settings = load_settings()
         load_rate_card(settings.rate_card)
+        load_plans(settings.plans)
     except SettingsError as problem:
         say(str(problem))
         raise SystemExit(2) from None
     if settings.metrics_port:
         start_http_server(settings.metrics_port)
-    timers = (
+    timers: tuple[Timer, ...] = (
         Timer(
             "resettle",
             settings.resettle_interval_s,
@@ -116,6 +130,8 @@ def main() -> None:
             lambda: reconcile_turn(settings),
         ),
     )
+    if settings.plans is not None:
+        timers = (*timers, Timer("plans", PLANS_INTERVAL_S, 0.0, lambda: plans_turn(settings)))
     ready = os.environ.get("METERING_READY_FILE")
     if ready:
         Path(ready).touch()
