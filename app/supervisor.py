@@ -144,10 +144,6 @@ def run_up(
     settings = load_settings() if settings is None else settings
     # A wrong one is said now, not three times by each flow.
     load_rate_card(settings.rate_card)
-    port = settings.accounts_port or process.free_port()
-    if flows is None:
-        flows = (*default_flows(settings), accounts_api(port))
-        _say(f"the accounts API will be on http://{LOOPBACK}:{port}/v1")
     directory = directory.absolute()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -203,13 +199,12 @@ class Supervisor:
         *,
         broker_kind: str,
         settings: Settings,
-        flows: tuple[Flow, ...],
+        flows: tuple[Flow, ...] | None,
         hooks: Hooks,
         lock: int,
     ) -> None:
         self._directory = directory
         self._broker_kind = broker_kind
-        self._flows = flows
         self._hooks = hooks
         self._lock = lock
         self._asked = False
@@ -224,6 +219,11 @@ class Supervisor:
         (directory / "logs").mkdir(exist_ok=True)
         (directory / "ready").mkdir(exist_ok=True)
         self._ports = _choose_ports(directory / "ports.json")
+        if flows is None:
+            port = settings.accounts_port or self._ports["accounts"]
+            flows = (*default_flows(settings), accounts_api(port))
+            _say(f"the accounts API is on http://{LOOPBACK}:{port}/v1 when all is ready")
+        self._flows = flows
         self._settings = settings.model_copy(
             update={
                 "kafka": f"{LOOPBACK}:{self._ports['kafka']}",
@@ -567,7 +567,7 @@ def _choose_ports(file: Path) -> dict[str, int]:
         except (ValueError, AttributeError, TypeError):
             _say(f"{file} is unreadable: choosing new ports")
     ports: dict[str, int] = {}
-    for name in ("kafka", "redis", "clickhouse"):
+    for name in ("kafka", "redis", "clickhouse", "accounts"):
         port = remembered.get(name)
         if port is None or not process.port_is_free(port):
             taken = port

@@ -52,6 +52,12 @@ class World:
         return clean_environment(**self.addresses, broker_append_time=str(self.has_append_time).lower())
 
     @property
+    def accounts_url(self) -> str:
+        """Of the accounts API."""
+        port = json.loads((self.directory / "ports.json").read_text())["accounts"]
+        return f"http://127.0.0.1:{port}"
+
+    @property
     def settings(self) -> Settings:
         """For clients that shall talk to this world."""
         return Settings(
