@@ -52,10 +52,8 @@ def register(accounts: Accounts, username: str, email: str, password: str, addre
     _require_strong(password, username, email)
     # The same work for every answer.
     password_hash = accounts.passwords.hash(password)
-    with accounts.database.read() as session:
-        _require_free_username(session, username)
-        if session.scalar(select(User.user_id).where(User.email_key == email_key(email))):
-            return
+    if _taken(accounts, username, email):
+        return
     try:
         with accounts.database.write() as session:
             user = _add_user(session, accounts, username, email, password_hash, "user", now_ms)
@@ -63,8 +61,7 @@ def register(accounts: Accounts, username: str, email: str, password: str, addre
             audit.record(session, actor, Action.USER_REGISTERED, f"user/{user.user_id}", at_ms=now_ms)
     except IntegrityError:
         # Somebody else took the username or the address meanwhile.
-        with accounts.database.read() as session:
-            _require_free_username(session, username)
+        _taken(accounts, username, email)
 
 
 def create_operator(
@@ -205,9 +202,18 @@ def _require_strong(password: str, *names: str) -> None:
         raise Refused(Reason.WEAK_PASSWORD, f"the password {why}")
 
 
-def _require_free_username(session: Session, username: str) -> None:
-    if session.scalar(select(User.user_id).where(User.username_key == username_key(username))):
+def _taken(accounts: Accounts, username: str, email: str) -> bool:
+    """Whether the e-mail address is taken. Raises Refused, USERNAME_TAKEN, when the username is."""
+    with accounts.database.read() as session:
+        # One question: between two of them somebody could register both.
+        names = session.scalars(
+            select(User.username_key).where(
+                or_(User.username_key == username_key(username), User.email_key == email_key(email))
+            )
+        ).all()
+    if username_key(username) in names:
         raise Refused(Reason.USERNAME_TAKEN, "this username is taken")
+    return bool(names)
 
 
 def _add_user(
