@@ -1,5 +1,4 @@
-"""Explanations of single things: a ledger line, a money command, an utterance; by the laws of
-`metering.explain`."""
+"""Explanations of one thing: a ledger line, a money command, an utterance; laws: `metering.explain`."""
 
 from __future__ import annotations
 

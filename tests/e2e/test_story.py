@@ -165,7 +165,7 @@ def test_from_register_to_refused_at_the_floor_to_written_off(story: Story, tmp_
         assert done.returncode == 0, done.stderr.decode()
         assert json.loads(done.stdout)["moved_us"] == 100 * MINUTE_US
         assert story.balance_us() == -210 * MINUTE_US
-        assert int(story.node.get("/node/balance")["credit"]["balance_us"]) == 0
+        assert int(story.node.get("/node/balance")["balance_us"]) == 0
         assert scheduler.admit(story.user_id, "s-next", hold)
 
     audit = story.operator.get("/audit?action=debt.written_off")["items"]
