@@ -18,6 +18,7 @@ COPY --from=dependencies /opt/venv /opt/venv
 WORKDIR /opt/metering
 COPY accounts ./accounts
 COPY app ./app
+COPY clients ./clients
 COPY flows ./flows
 COPY metering ./metering
 COPY schemas ./schemas

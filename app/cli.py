@@ -212,7 +212,7 @@ def up(
 
 @app.command()
 def migrate() -> None:
-    """Make what ClickHouse, Kafka and Redis lack. Repeating it is harmless."""
+    """Make what ClickHouse, Kafka, Redis and the accounts database lack. Repeating it is harmless."""
     from app.clients import clickhouse_client, redis_client
     from app.migrate import create_topics, initialise_redis, run_migrations
     from schemas.settings import load_settings
@@ -226,6 +226,7 @@ def migrate() -> None:
     _say(f"ClickHouse: {_listed(applied, 'migration')} applied")
     _say(f"Kafka: {_listed(created, 'topic')} created")
     _say(f"Redis: epoch {epoch}")
+    accounts_cli.migrate(down_to=None)
 
 
 def _listed(names: list[str], noun: str) -> str:

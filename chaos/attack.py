@@ -27,6 +27,7 @@ MORE_LOAD_S = 3.0
 SPARE_BYTES = 32_768
 """What a full Redis has left."""
 ALL_TIME = ("resettle", "--since", "1970-01-01T00:00:00Z")
+WRITE_OFF = ("write-off", "--patience", "120")
 REBUILD = ("rebuild-balances",)
 
 
@@ -70,6 +71,8 @@ class Attacker:
             self._resettle(fault, struck)
         elif fault.kind in plan.REBUILD_POINTS:
             self._rebuild(fault, struck)
+        elif fault.kind in plan.WRITE_OFF_POINTS:
+            self._write_off(fault, struck)
         else:
             self._disturb(fault, struck)
         return struck
@@ -171,6 +174,12 @@ class Attacker:
         keeper.release("audit")
         self._catch_up(struck)
 
+    def _write_off(self, fault: Fault, struck: Struck) -> None:
+        """Nodes that earn pay for users who owe; the comparison takes from the ledger how much, and bounds it."""
+        self._world.bind_nodes()
+        self._die_and_repeat(fault, struck, "write-off", WRITE_OFF, {})
+        self._catch_up(struck)
+
     def _die_and_repeat(
         self,
         fault: Fault,
@@ -248,5 +257,6 @@ class Attacker:
 
 
 def _armed(fault: Fault) -> dict[str, str]:
-    passing = fault.passing if fault.kind not in (*plan.RESETTLE_POINTS, *plan.REBUILD_POINTS) else 1
+    once = (*plan.RESETTLE_POINTS, *plan.REBUILD_POINTS, *plan.WRITE_OFF_POINTS)
+    passing = fault.passing if fault.kind not in once else 1
     return {"METERING_FAULT": f"{fault.kind}:{passing}"}

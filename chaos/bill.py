@@ -7,8 +7,9 @@ commands with one request id the first counts, which is why all of them are keye
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
@@ -16,6 +17,7 @@ from app.repair.log_ends import TopicEnds
 from metering.cells import cell_id
 from metering.commands import counter_account
 from metering.settle import Settling
+from schemas.commands import CommandKind
 from schemas.decode import check_append_time, decode_command, decode_event
 from schemas.events import Usage
 from schemas.rate_card import RateCard
@@ -36,6 +38,14 @@ class Logged:
     appended_at_ms: int
 
 
+class WriteOff(NamedTuple):
+    """A user's debt that a node was asked to pay."""
+
+    account: str
+    node_account: str
+    most_us: int
+
+
 @dataclass
 class Bill:
     """What every store must agree with. Amounts in us; zeros are left out."""
@@ -47,8 +57,20 @@ class Bill:
     usage_events: int = 0
     """Usage that counts."""
     cost_us: int = 0
+    write_offs: dict[str, WriteOff] = field(default_factory=dict)
+    """By request id. How much they move depends on when they are carried out: the ledger says it."""
     refused: frozenset[tuple[int, int]] = frozenset()
     """(partition, offset) of the events that no order of reading makes acceptable."""
+
+    def with_write_offs(self, moved_us: Mapping[str, int]) -> Bill:
+        """With what write-offs moved, as far as that is possible; what is not stands as planned, and so differs."""
+        by_request = dict(self.by_request)
+        for request_id, asked in self.write_offs.items():
+            moved = moved_us.get(request_id, asked.most_us)
+            amount_us = min(max(moved, 0), asked.most_us)
+            by_request[request_id, asked.account] = amount_us
+            by_request[request_id, asked.node_account] = -amount_us
+        return replace(self, by_request=by_request)
 
     def balances(self) -> dict[str, int]:
         """What every account must hold."""
@@ -142,5 +164,9 @@ def _carry_out(commands: Iterable[Logged], bill: Bill) -> None:
         if command.request_id in taken:
             continue
         taken.add(command.request_id)
+        if command.kind is CommandKind.WRITE_OFF:
+            node = counter_account(command)
+            bill.write_offs[command.request_id] = WriteOff(command.account, node, command.amount_us)
+            continue
         bill.by_request[command.request_id, command.account] = command.amount_us
         bill.by_request[command.request_id, counter_account(command)] = -command.amount_us

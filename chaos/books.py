@@ -28,6 +28,8 @@ class Stores:
     by_cell: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """(cell id, account) -> sum of the ledger's changes."""
     by_request: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    write_offs: Mapping[str, int] = field(default_factory=dict)
+    """What each write-off moved, by request id, as its result says."""
     usage_events: int = 0
     usage_cost_us: int = 0
     dead_letters: frozenset[tuple[int, int]] = frozenset()
@@ -81,6 +83,7 @@ class Verdict:
 def compare(bill: Bill, stores: Stores, *, late_allowed: bool = False) -> Verdict:
     """Every account, cell and command of either side."""
     verdict = Verdict()
+    bill = bill.with_write_offs(stores.write_offs)
     _compare_amounts("cell", bill.by_cell, stores.by_cell, verdict)
     _compare_amounts("request", bill.by_request, stores.by_request, verdict)
     expected = bill.balances()
@@ -157,6 +160,14 @@ def read_stores(live: redis.Redis, archive: Client, database: str) -> Stores:
         chains=ledger_balances(archive, database),
         by_cell=by_cell,
         by_request=by_request,
+        write_offs={
+            request_id: int(amount_us)
+            for request_id, amount_us in query_rows(
+                archive,
+                f"SELECT request_id, amount_us FROM `{database}`.requests FINAL WHERE kind = 'write_off'",
+                {},
+            )
+        },
         usage_events=int(events),
         usage_cost_us=int(cost_us),
         dead_letters=frozenset((int(partition), int(offset)) for partition, offset in letters),

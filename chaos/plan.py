@@ -39,7 +39,8 @@ REBUILD_POINTS = (
     points.REBUILD_BALANCES_WRITTEN,
     points.REBUILD_COMMANDS_READ,
 )
-POINTS = (*FLOW_POINTS, *MIGRATION_POINTS, *RESETTLE_POINTS, *REBUILD_POINTS)
+WRITE_OFF_POINTS = (points.WRITE_OFF_PLANNED, points.WRITE_OFF_SENT, points.WRITE_OFF_CLOSED_ONE)
+POINTS = (*FLOW_POINTS, *MIGRATION_POINTS, *RESETTLE_POINTS, *REBUILD_POINTS, *WRITE_OFF_POINTS)
 
 STOPS = tuple(f"stop_{name}" for name in (*FLOWS, *SERVERS))
 """SIGSTOP, and SIGCONT after a while."""
@@ -123,6 +124,7 @@ SCENES: Mapping[str, Scene] = {
     ),
     "stops": Scene(dict.fromkeys(STOPS, 1)),
     "repair": Scene({**dict.fromkeys((*RESETTLE_POINTS, *REBUILD_POINTS), 4), "settlement": 1, "audit": 1}),
+    "debts": Scene({**dict.fromkeys(WRITE_OFF_POINTS, 6), "settlement": 1, "ledger": 1, "redis": 1}),
     "away": Scene({BROKER_AWAY: 1}),
     "disk": Scene({**dict.fromkeys(DISKS_FULL, 1), "redis": 1, "ledger": 1}),
 }
@@ -133,9 +135,9 @@ WORLDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("live", ("kills", "trouble", "up")),
     ("disk", ("disk",)),
     ("freezing", ("repair",)),
-    ("live", ("cluster", "kills")),
+    ("live", ("cluster", "kills", "debts")),
     ("freezing", ("repair", "up")),
-    ("live", ("stops",)),
+    ("live", ("stops", "debts")),
     ("outage", ("away",)),
 )
 """Worlds follow each other in this order, over and over."""

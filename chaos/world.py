@@ -19,10 +19,15 @@ from pathlib import Path
 import redis
 from clickhouse_connect.driver.client import Client
 
+from accounts.database import insert_if_absent
+from accounts.migrate import migrate as migrate_accounts
+from accounts.models import Binding, Node, User
+from app.accounts_service import open_database
 from app.clients import clickhouse_client, redis_client
 from app.embedded import apache_kafka, broker, clickhouse, process, valkey
 from app.embedded.process import LOOPBACK, Service
 from app.migrate import create_topics, initialise_redis, run_migrations
+from app.proof import live_balances
 from app.supervisor import Flow, default_flows, make_recovery_store
 from chaos.keeper import Child, Keeper, Stuck, children_of, is_running
 from chaos.plan import CLUSTER, DISKS
@@ -283,6 +288,30 @@ class World:
             raise
         return running.returncode
 
+    def bind_nodes(self) -> None:
+        """Bind every node that has credit to every user below zero who has none, in a migrated accounts
+        database."""
+        database = open_database(self.settings)
+        migrate_accounts(database)
+        balances = live_balances(self.live)
+        users = [
+            name.removeprefix("user/") for name, us in balances.items() if name.startswith("user/") and us < 0
+        ]
+        nodes = [
+            name.removeprefix("node/") for name, us in balances.items() if name.startswith("node/") and us > 0
+        ]
+        with database.write() as session:
+            for user_id in users:
+                insert_if_absent(session, User, _person(user_id))
+            for node_id in nodes:
+                insert_if_absent(session, User, _person(f"owner-of-{node_id}"))
+                insert_if_absent(session, Node, _machine(node_id))
+            for number, user_id in enumerate(users):
+                for position, node_id in enumerate(nodes[number % len(nodes) :] if nodes else [], 1):
+                    binding = {"user_id": user_id, "node_id": node_id, "position": position, "bound_at_ms": 0}
+                    insert_if_absent(session, Binding, binding)
+        database.close()
+
     # --- disks ------------------------------------------------------------------------------------------------
 
     def _mount_disks(self) -> None:
@@ -363,3 +392,32 @@ def _choose_ports(file: Path) -> dict[str, int]:
         ports[name] = process.free_port(frozenset(ports.values()))
     file.write_text(json.dumps(ports))
     return ports
+
+
+def _person(user_id: str) -> dict[str, object]:
+    return {
+        "user_id": user_id,
+        "username": user_id[:32],
+        "username_key": user_id[:32],
+        "email": f"{user_id}@example.com",
+        "email_key": f"{user_id}@example.com",
+        "password_hash": "",
+        "role": "user",
+        "display_name": "",
+        "language": "en",
+        "security_code_mac": user_id,
+        "security_code_sealed": "",
+        "created_at_ms": 0,
+        "updated_at_ms": 0,
+    }
+
+
+def _machine(node_id: str) -> dict[str, object]:
+    return {
+        "node_id": node_id,
+        "name": node_id,
+        "owner_id": f"owner-of-{node_id}",
+        "secret_hash": "",
+        "created_at_ms": 0,
+        "updated_at_ms": 0,
+    }

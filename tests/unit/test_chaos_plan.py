@@ -25,7 +25,7 @@ from chaos.plan import (
 )
 from telemetry import faults
 
-ROUNDS_OF_AN_HOUR = 39
+ROUNDS_OF_AN_HOUR = 44
 """What a plan of a bit more than an hour on two cores comes to: a round takes 100 s."""
 
 

@@ -44,12 +44,12 @@ COUNTING = {
     for series in metric.samples()
 }
 VALUES: dict[str, set[str]] = {
-    "job": FLOWS,
+    "job": FLOWS | {"accounts"},
     "flow": FLOWS,
     "reason": {reason.value for reason in RejectReason},
     "answer": {answer.name for answer in Answer},
     "outcome": {outcome.name for outcome in CommandOutcome},
-    "result": {"complete", "superseded", "failed", "agrees", "drift", "unproven"},
+    "result": {"complete", "superseded", "failed", "open", "agrees", "drift", "unproven"},
 }
 PANEL_QUERIES = list(panel_queries(PROMETHEUS_UID))
 RULES = alert_rules()
