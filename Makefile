@@ -27,7 +27,8 @@ test: $(STAMP)   ## the whole test suite, on embedded services
 # Those in which the broker plays a part.
 KAFKA_TESTS := tests/apache $(addprefix tests/e2e/test_,main_job.py kill.py repair.py restart.py workers.py) \
 	$(addprefix tests/integration/test_,cli.py emit.py kafka_source.py migrate.py rescaling.py run_flow.py \
-	settlement_service.py supervisor.py)
+	settlement_service.py supervisor.py alerts.py) tests/e2e/test_story.py \
+	$(addprefix tests/clients/test_node_,broker.py kill.py)
 
 test-kafka: $(STAMP) ## the tests in which the broker plays a part, on Apache Kafka (needs Java, fetches Kafka)
 	METERING_TEST_BROKER=apache $(BIN)/pytest $(KAFKA_TESTS)
