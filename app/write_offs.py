@@ -14,6 +14,7 @@ from app.accounts_service import open_write_off_accounts
 from app.clients import clickhouse_client, redis_client
 from app.errors import CommandError
 from app.repair.resettle import failure
+from app.steps import drive
 from metering.money import user_account
 from metering.ports import WrongRedis
 from metering.write_off import Run, Step, Transfer, command_of, write_off
@@ -74,16 +75,7 @@ def run_write_off(settings: Settings, period_ms: int, *, patience_s: float = 60.
             archive.results,
             tired_of_waiting=lambda: time.monotonic() > deadline,
         )
-        while True:
-            try:
-                step = next(steps)
-            except StopIteration as stop:
-                done: Run = stop.value
-                return done
-            if step in FAULTS:
-                faults.reach(FAULTS[step])
-            if step is Step.WAITING:
-                time.sleep(LOOK_EVERY_S)
+        return drive(steps, FAULTS, _wait)
     except SQLAlchemyError as error:
         raise WriteOffFailed(f"METERING_ACCOUNTS_DATABASE: {one_line(str(error))[:300]}") from error
     except (redis.RedisError, ClickHouseError, KafkaException, NotDelivered, WrongRedis) as error:
@@ -111,3 +103,8 @@ def run_period(settings: Settings, period_ms: int, say: Callable[[str], None]) -
                     f"{done.open} still open"
                 )
             return
+
+
+def _wait(step: Step) -> None:
+    if step is Step.WAITING:
+        time.sleep(LOOK_EVERY_S)

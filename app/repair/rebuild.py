@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 
 import redis
 from clickhouse_connect.driver.exceptions import ClickHouseError
@@ -13,6 +13,7 @@ from app.books import REVISION_BITS, keep_generation, remembered_epoch
 from app.clients import clickhouse_client, redis_client
 from app.repair.log_ends import TopicEnds
 from app.repair.resettle import LOOK_EVERY_S, failure, open_archive
+from app.steps import drive
 from metering.ports import BalanceBook, SeenEntry, WrongRedis
 from metering.rebuild import Rebuilt, Step, rebuild
 from schemas.commands import Command
@@ -58,22 +59,9 @@ def run_rebuild(settings: Settings, *, patience_s: float = 60.0) -> Rebuilt:
             now_ms=lambda: time.time_ns() // 1_000_000,
             tired_of_waiting=lambda: time.monotonic() > deadline,
         )
-        return _drive(steps)
+        return drive(steps, FAULTS, _wait)
     except (redis.RedisError, ClickHouseError, KafkaException, WrongLog, WrongRedis) as error:
         raise failure(settings, error) from error
-
-
-def _drive(steps: Generator[Step, None, Rebuilt]) -> Rebuilt:
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as stop:
-            found: Rebuilt = stop.value
-            return found
-        if step in FAULTS:
-            faults.reach(FAULTS[step])
-        if step is Step.WAITING:
-            time.sleep(LOOK_EVERY_S)
 
 
 def _commands(settings: Settings) -> Iterator[Command]:
@@ -108,3 +96,8 @@ def _commands(settings: Settings) -> Iterator[Command]:
                     yield command
     finally:
         consumer.close()
+
+
+def _wait(step: Step) -> None:
+    if step is Step.WAITING:
+        time.sleep(LOOK_EVERY_S)

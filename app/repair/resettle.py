@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable
 
 import redis
 from clickhouse_connect.driver.client import Client
@@ -15,6 +15,7 @@ from app.books import current_epoch, register_rates
 from app.clients import clickhouse_client, redis_client
 from app.errors import CommandError
 from app.repair.log_ends import TopicEnds
+from app.steps import drive
 from metering.ports import WrongRedis
 from metering.resettle import Resettled, Step, resettle
 from schemas.rate_card import RateCard, load_rate_card
@@ -58,21 +59,16 @@ def run_resettle(settings: Settings, *, since_ms: int | None = None, patience_s:
             presence_max_ms=settings.presence_max_s * 1000,
             since_ms=since_ms,
         )
-        return _drive(steps, patience_s)
+        return drive(steps, FAULTS, _patience(patience_s))
     except (redis.RedisError, ClickHouseError, KafkaException, WrongLog, WrongRedis) as error:
         raise failure(settings, error) from error
 
 
-def _drive(steps: Generator[Step, None, Resettled], patience_s: float) -> Resettled:
+def _patience(patience_s: float) -> Callable[[Step], None]:
+    """Waits at each step that waits, and loses patience."""
     deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as stop:
-            found: Resettled = stop.value
-            return found
-        if step in FAULTS:
-            faults.reach(FAULTS[step])
+
+    def on_step(step: Step) -> None:
         if step is Step.WAITING:
             if time.monotonic() > deadline:
                 raise RepairFailed(
@@ -80,6 +76,8 @@ def _drive(steps: Generator[Step, None, Resettled], patience_s: float) -> Resett
                     "are the flows running?"
                 )
             time.sleep(LOOK_EVERY_S)
+
+    return on_step
 
 
 def open_archive(settings: Settings, client: Client, card: RateCard) -> ClickHouseArchive:

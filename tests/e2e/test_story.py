@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import httpx
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
+from app.plan_grants import issue_plans
 from clients.scheduler import Hold, Reason, Scheduler
 from schemas.rfc3339 import format_rfc3339_ms
 from schemas.topics import ALERTS
@@ -38,7 +40,11 @@ class Api:
         return self._answer(self._http.get(path))
 
     def post(self, path: str, body: dict[str, Any], key: str = "") -> Any:
-        return self._answer(self._http.post(path, json=body, headers={"Idempotency-Key": key} if key else {}))
+        return self._answer(self.raw(path, body, key))
+
+    def raw(self, path: str, body: dict[str, Any], key: str = "") -> httpx.Response:
+        """The answer as it comes."""
+        return self._http.post(path, json=body, headers={"Idempotency-Key": key} if key else {})
 
     @staticmethod
     def _answer(answer: httpx.Response) -> Any:
@@ -179,3 +185,52 @@ def test_from_register_to_refused_at_the_floor_to_written_off(story: Story, tmp_
     assert sum(int(line["change_us"]) for line in statement) == -210 * MINUTE_US
     explained = story.world.run("explain", f"{story.account}#2")
     assert b"story-1" in explained.stdout
+
+
+def test_a_node_gives_from_its_credit_and_never_more(story: Story) -> None:
+    """Five gifts at once from a credit for two: two arrive, three are refused and move nothing."""
+    bound = story.node.get("/node/users")["items"]
+    if not bound:
+        code = story.user.get("/me/security-code")["security_code"]
+        story.node.post("/node/users", {"security_code": code})
+    before_us = story.balance_us()
+    credit_us = int(story.node.get("/node/balance")["balance_us"])
+    story.operator.post(
+        f"/accounts/node/{story.node_id}/top-ups", {"minutes": "60", "reason": "earned"}, "story-gifts"
+    )
+
+    def give(number: int) -> int:
+        path = f"/node/users/{story.user_id}/top-ups"
+        answer = story.node.raw(path, {"minutes": "25", "reason": "thanks"}, f"gift-{number}")
+        return answer.status_code
+
+    with ThreadPoolExecutor(5) as pool:
+        codes = sorted(pool.map(give, range(5)))
+    assert codes == [200, 200, 409, 409, 409]
+    assert story.balance_us() == before_us + 50 * MINUTE_US
+    assert int(story.node.get("/node/balance")["balance_us"]) == credit_us + 10 * MINUTE_US
+
+
+def test_a_subscriber_gets_the_minutes_of_a_period_once(story: Story, tmp_path: Path) -> None:
+    """They are spent before the rest of the balance; a ledger line tells how much of a charge they paid."""
+    plans = tmp_path / "plans.json"
+    plan = {"name": "basic", "included_minutes": "100", "period": "month", "priority": 1}
+    plans.write_text(json.dumps({"plans": [plan]}))
+    environment = story.environment | {"METERING_PLANS": str(plans)}
+    unknown = metering("accounts", "subscribe", story.user_id, "gold", environment=environment)
+    assert unknown.returncode == 2 and b"there is no plan 'gold'" in unknown.stderr
+    done = metering("accounts", "subscribe", story.user_id, "basic", environment=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    settings = story.world.settings.model_copy(
+        update={"plans": plans, "accounts_database": f"sqlite:///{story.world.directory}/accounts.db"}
+    )
+    before_us = story.balance_us()
+    assert issue_plans(settings) == 1
+    assert issue_plans(settings) == 0
+    wait_until(lambda: story.balance_us() == before_us + 100 * MINUTE_US, "the included minutes", 60)
+    story.talk(tmp_path / "talk", 40, "n-other", session="s-included")
+    wait_until(lambda: story.balance_us() == before_us + 60 * MINUTE_US, "the charge", 60)
+    query = f"SELECT left_us FROM {{database}}.grants_left WHERE account = '{story.account}'"
+    wait_until(lambda: story.world.query(query) == [(60 * MINUTE_US,)], "what is left", 60)
+    last = max(int(line["ledger_id"].rpartition("/")[2]) for line in story.user.get("/me/statement")["items"])
+    assert b"grant plan:basic:" in story.world.run("explain", f"{story.account}#{last}").stdout
