@@ -22,7 +22,7 @@ up: $(STAMP)     ## run broker, Redis, ClickHouse and the flows in DIR (default 
 	$(BIN)/metering up --dir $(DIR)
 
 test: $(STAMP)   ## the whole test suite, on embedded services
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # Those in which the broker plays a part.
 KAFKA_TESTS := tests/apache $(addprefix tests/e2e/test_,main_job.py kill.py repair.py restart.py workers.py) \
@@ -31,7 +31,7 @@ KAFKA_TESTS := tests/apache $(addprefix tests/e2e/test_,main_job.py kill.py repa
 	$(addprefix tests/clients/test_node_,broker.py kill.py)
 
 test-kafka: $(STAMP) ## the tests in which the broker plays a part, on Apache Kafka (needs Java, fetches Kafka)
-	METERING_TEST_BROKER=apache $(BIN)/pytest $(KAFKA_TESTS)
+	METERING_TEST_BROKER=apache $(BIN)/pytest -n 2 --dist loadfile $(KAFKA_TESTS)
 
 check: $(STAMP)  ## formatting, lint, types, the direction of imports, and whether the exported schemas are current
 	$(BIN)/ruff format --check .

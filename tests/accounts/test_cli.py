@@ -25,7 +25,7 @@ def test_from_an_empty_directory_to_another_database(
     assert unready.returncode == 1
     assert "run `metering accounts migrate`" in one_line(unready.stderr)
 
-    assert one_line(metering("accounts", "migrate", environment=here).stderr).endswith("revision 0002")
+    assert one_line(metering("accounts", "migrate", environment=here).stderr).endswith("revision 0003")
     made = metering(
         "accounts",
         "create-operator",
@@ -112,4 +112,4 @@ def test_back_and_forth(tmp_path: Path) -> None:
     assert metering("accounts", "migrate", "--down-to", "0007", environment=here).returncode == 2
     down = metering("accounts", "migrate", "--down-to", "base", environment=here)
     assert one_line(down.stderr).endswith("revision none")
-    assert one_line(metering("accounts", "migrate", environment=here).stderr).endswith("revision 0002")
+    assert one_line(metering("accounts", "migrate", environment=here).stderr).endswith("revision 0003")

@@ -63,7 +63,7 @@ class Story:
         self.account = f"user/{self.user_id}"
         made = metering(
             "accounts", "create-operator", "root", "root@example.com", "--password-stdin",
-            environment=self.environment, stdin=PASSWORD.encode() + b"\n",
+            environment=self.world.environment, stdin=PASSWORD.encode() + b"\n",
         )  # fmt: skip
         assert made.returncode == 0, made.stderr.decode()
         self.operator = self._log_in("root", register=False)
@@ -73,10 +73,6 @@ class Story:
         credentials = {name: node[name] for name in ("client_id", "client_secret")}
         self.node = Api(self.url, Api(self.url).post("/nodes/token", credentials)["access_token"])
         self._utterances = 0
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return self.world.environment | {"METERING_STATE_DIR": str(self.world.directory)}
 
     def _log_in(self, name: str, *, register: bool = True) -> Api:
         if register:
@@ -167,7 +163,7 @@ def test_from_register_to_refused_at_the_floor_to_written_off(story: Story, tmp_
         story.operator.post(
             f"/accounts/node/{story.node_id}/top-ups", {"minutes": "100", "reason": "earned"}, "story-earned"
         )
-        done = metering("write-off", "--json", environment=story.environment)
+        done = metering("write-off", "--json", environment=story.world.environment)
         assert done.returncode == 0, done.stderr.decode()
         assert json.loads(done.stdout)["moved_us"] == 100 * MINUTE_US
         assert story.balance_us() == -210 * MINUTE_US
@@ -216,7 +212,7 @@ def test_a_subscriber_gets_the_minutes_of_a_period_once(story: Story, tmp_path: 
     plans = tmp_path / "plans.json"
     plan = {"name": "basic", "included_minutes": "100", "period": "month", "priority": 1}
     plans.write_text(json.dumps({"plans": [plan]}))
-    environment = story.environment | {"METERING_PLANS": str(plans)}
+    environment = story.world.environment | {"METERING_PLANS": str(plans)}
     unknown = metering("accounts", "subscribe", story.user_id, "gold", environment=environment)
     assert unknown.returncode == 2 and b"there is no plan 'gold'" in unknown.stderr
     done = metering("accounts", "subscribe", story.user_id, "basic", environment=environment)

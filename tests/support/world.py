@@ -49,7 +49,11 @@ class World:
     @property
     def environment(self) -> dict[str, str]:
         """For commands that shall talk to this world."""
-        return clean_environment(**self.addresses, broker_append_time=str(self.has_append_time).lower())
+        return clean_environment(
+            **self.addresses,
+            broker_append_time=str(self.has_append_time).lower(),
+            state_dir=str(self.directory),
+        )
 
     @property
     def accounts_url(self) -> str:
