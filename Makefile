@@ -8,7 +8,7 @@ SEEDS ?= 10000
 CHAOS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up test test-kafka check bench simulate chaos lock clean
+.PHONY: help setup demo up test test-long test-kafka check bench simulate chaos lock clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\): .*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -21,13 +21,19 @@ demo: $(STAMP)   ## show the main job on embedded services, from nothing
 up: $(STAMP)     ## run broker, Redis, ClickHouse and the flows in DIR (default var/up) until Ctrl-C
 	$(BIN)/metering up --dir $(DIR)
 
-test: $(STAMP)   ## the whole test suite, on embedded services
-	$(BIN)/pytest -n 2 --dist loadfile
+# Worlds that are killed, restarted, rebuilt and grown again and again: minutes of CPU each.
+LONG_TESTS := $(addprefix tests/e2e/test_,abuse.py chaos.py repair.py restart.py workers.py) \
+	$(addprefix tests/integration/test_,rescaling.py upgrade.py)
+
+test: $(STAMP)   ## the tests, on embedded services
+	$(BIN)/pytest -n 2 --dist loadfile $(addprefix --ignore=,$(LONG_TESTS))
+
+test-long: $(STAMP) ## the rest of the tests: repairs, restarts, rescaling, abuse, chaos; some 15 minutes
+	$(BIN)/pytest $(LONG_TESTS)
 
 # Those in which it matters most which broker it is. METERING_TEST_BROKER=apache runs any other one on it too.
-KAFKA_TESTS := tests/apache $(addprefix tests/e2e/test_,main_job.py kill.py) \
-	$(addprefix tests/integration/test_,kafka_source.py migrate.py emit.py settlement_service.py) \
-	$(addprefix tests/clients/test_node_,broker.py kill.py)
+KAFKA_TESTS := tests/apache tests/e2e/test_main_job.py tests/clients/test_node_broker.py \
+	$(addprefix tests/integration/test_,kafka_source.py migrate.py emit.py settlement_service.py)
 
 test-kafka: $(STAMP) ## the tests of what a broker does, on Apache Kafka (needs Java, fetches Kafka)
 	METERING_TEST_BROKER=apache $(BIN)/pytest -n 2 --dist loadfile $(KAFKA_TESTS)
