@@ -275,7 +275,8 @@ def test_balances_of_a_redis_without_an_epoch_are_not_believed(
         -1,
     )
     # Another database of the same server: nobody has set an epoch there, and no flow is disturbed.
-    empty = redis.Redis(**{**live.get_connection_kwargs(), "db": 9})
+    at = live.get_connection_kwargs()
+    empty = redis.Redis(at["host"], at["port"], db=9)
     assert empty.get(redis_keys.EPOCH) is None
     other = make_client(0.2, replace(gateway, balances=Balances(empty)))
     away = other.http.get("/v1/me/balance", headers=member.auth)
