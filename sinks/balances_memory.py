@@ -205,14 +205,14 @@ class MemoryBalances:
     def expire_grants(self) -> int:
         self._check()
         due = sorted(
-            (grant.expires_ms, name, grant.grant_id)
+            (grant.expires_ms, f"{name}|{grant.grant_id}", name, grant.grant_id)
             for name, account in self.redis.accounts.items()
             for grant in (account.grants.grants if account.grants else ())
             if grant.expires_ms <= self.redis.fence_ms
         )
         lines: list[list[object]] = []
         expired: list[str] = []
-        for _, name, grant_id in due:
+        for *_, name, grant_id in due:
             grants = self.redis.accounts[name].grants
             assert grants is not None
             left_us = grants.remove(grant_id)
@@ -232,9 +232,9 @@ class MemoryBalances:
         self._check()
         redis, before_ms = self.redis, self._now_ms() - retention_ms
         replaced = 0
-        for at_ms, request_id in sorted((at_ms, name) for name, (at_ms, _) in redis.request_times.items()):
-            if at_ms > before_ms or redis.request_times[request_id][1] > redis.ledger_stored:
-                break
+        for request_id, (at_ms, entry) in list(redis.request_times.items()):
+            if at_ms > before_ms or entry > redis.ledger_stored:
+                continue
             redis.request_marks[request_id] = redis.requests.pop(request_id)[0]
             del redis.request_times[request_id]
             replaced += 1

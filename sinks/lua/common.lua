@@ -233,9 +233,10 @@ local function write_accounts(at)
         call('HSET', key, 'balance_us', state.balance, 'seq', seq, 'updated_at_ms', at,
           'floor_us', state.floor or DEFAULT_FLOOR_US, 'held_us', state.held or '0')
       end
+      -- Whoever did not read the grants (a top-up) leaves them as they are.
       if state.list and #state.list > 0 then
         call('HSET', key, 'grants', grants_text(state.list), 'beyond_us', format('%.0f', state.beyond))
-      elseif state.grants then
+      elseif state.list and state.grants then
         call('HDEL', key, 'grants', 'beyond_us')
       end
     end

@@ -12,11 +12,12 @@ local in_ledger = tonumber(call('GET', 'ledger_stored') or '0')
 local replaced = 0
 for _, request_id in ipairs(call('ZRANGEBYSCORE', 'requests', '-inf', before, 'LIMIT', 0, tonumber(ARGV[4]))) do
   local known = call('HMGET', 'request:' .. request_id, 'digest', 'entry')
-  if not known[2] or tonumber(known[2]) > in_ledger then break end
-  local bucket, name, body = request_mark(request_id, known[1])
-  call('HSET', bucket, name, body)
-  call('DEL', 'request:' .. request_id)
-  call('ZREM', 'requests', request_id)
-  replaced = replaced + 1
+  if known[2] and tonumber(known[2]) <= in_ledger then
+    local bucket, name, body = request_mark(request_id, known[1])
+    call('HSET', bucket, name, body)
+    call('DEL', 'request:' .. request_id)
+    call('ZREM', 'requests', request_id)
+    replaced = replaced + 1
+  end
 end
 return {last_entry(), replaced}
