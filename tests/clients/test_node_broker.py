@@ -71,7 +71,7 @@ def test_a_broker_that_comes_late_goes_away_and_comes_back(tmp_path: Path) -> No
         emit(emitter, 0, 300)
         wait_until(lambda: emitter.stats().spooled == 300, "all is stored while there is no broker")
         assert not emitter.flush(0.0)
-        assert emitter.stats().oldest_age_s > 0
+        wait_until(lambda: emitter.stats().oldest_age_s > 0, "the sender has seen them")
         with a_broker(tmp_path, port):
             assert emitter.flush(60.0)
             emit(emitter, 300, 200)
