@@ -318,7 +318,8 @@ class UsageEmitter:
         with self._mutex:
             queued = len(self._queue) + len(self._taken)
             first = next(iter(self._taken or self._queue), None)
-            oldest_ms = [ms for ms in (sender.oldest_ms, first.made_ms if first else None) if ms is not None]
+            sending_ms = sender.oldest_ms if spool.events else None
+            oldest_ms = [ms for ms in (sending_ms, first.made_ms if first else None) if ms is not None]
             return EmitterStats(
                 emitted=self._emitted,
                 refused=dict(self._refused),
