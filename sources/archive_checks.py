@@ -271,6 +271,37 @@ class ArchiveChecks(ClickHouseArchive):
         )
         return {account: int(balance_us) for account, balance_us in rows}
 
+    def accounts_with_grants(self, accounts: Sequence[str]) -> set[str]:
+        """Those of these accounts that were ever given a grant."""
+        if not accounts:
+            return set()
+        rows = self._rows(
+            f"SELECT DISTINCT account FROM {self._database}.grants "
+            f"WHERE account IN ({', '.join(map(quoted, accounts))})"
+        )
+        return {account for (account,) in rows}
+
+    def grants_after(self, lines: Mapping[str, int]) -> dict[str, dict[str, int]]:
+        """Account -> grant id -> what the account's lines up to this number left of it (us), where it is any."""
+        if not lines:
+            return {}
+        accounts = f"[{', '.join(map(quoted, lines))}]"
+        numbers = f"[{', '.join(map(str, lines.values()))}]"
+        rows = self._rows(
+            f"""
+            SELECT account, change.1, sum(change.2) AS left_us
+            FROM (SELECT account, grants, epoch, entry FROM {self._database}.ledger FINAL
+                WHERE account IN {accounts} AND seq <= transform(account, {accounts}, {numbers}, 0)
+                AND {self.line_counts})
+            ARRAY JOIN CAST(grants, 'Array(Tuple(String, Int64))') AS change
+            GROUP BY account, change.1 HAVING left_us != 0
+            """
+        )
+        found: dict[str, dict[str, int]] = {}
+        for account, grant_id, left_us in rows:
+            found.setdefault(account, {})[grant_id] = int(left_us)
+        return found
+
     # Cells --------------------------------------------------------------------------------------------
 
     def scope_ranges_of(self, rows_at_once: int = USAGE_ROWS_AT_ONCE) -> Iterator[ScopeRange]:

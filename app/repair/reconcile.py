@@ -8,6 +8,7 @@ It reads, and changes nothing. On a live system it takes a consistent cut in thi
    lines are numbered, so whatever is posted meanwhile is left out exactly.
 3. *Redis against the ledger*: a balance is read together with the number of its last ledger line; once the
    ledger has all that Redis had then, the line of that number must end at that balance, whatever came after.
+   What is left of the account's grants is compared with the lines up to that one in the same way.
 4. *Cells*: a frozen one must be what the stored events say. A live one says, by the revision of its last
    posting, up to which message of the log that posting knew its scope; so what is posted is compared with what
    exactly these messages say, also of a room that never pauses; and newer messages that the log held at the cut
@@ -46,6 +47,7 @@ from app.repair.reconcile_log import check_log_against_store
 from app.repair.resettle import failure
 from app.repair.spool import ScopeSpool
 from metering.facts import ScopeFacts, UsageSum
+from metering.grants import Grants
 from metering.reconcile import (
     FIRST_DIFFERENCES,
     CellLook,
@@ -54,6 +56,7 @@ from metering.reconcile import (
     Verdict,
     agrees_frozen,
     judge_live,
+    moved_us,
     over_limit,
     without_zeros,
 )
@@ -381,23 +384,24 @@ class _Reconciliation:
     ) -> None:
         pipeline = self._redis.pipeline(transaction=False)
         for account in accounts:
-            pipeline.hmget(redis_keys.balance(account), "seq", "balance_us")
+            pipeline.hmget(redis_keys.balance(account), "seq", "balance_us", "grants")
         found = {
-            account: (int(seq or 0), int(balance_us or 0))
-            for account, (seq, balance_us) in zip(accounts, pipeline.execute(), strict=True)
+            account: (int(seq or 0), int(balance_us or 0), grants.decode() if grants else "")
+            for account, (seq, balance_us, grants) in zip(accounts, pipeline.execute(), strict=True)
         }
         # After the balances: whatever line left one of them is in an entry up to this one.
         entries = int(self._redis.get(redis_keys.ENTRIES) or 0)
         stored = self._await_entry(entries)
-        left = archive.balances_after([(account, seq) for account, (seq, _) in found.items() if seq])
-        for account, (seq, balance_us) in found.items():
+        left = archive.balances_after([(account, seq) for account, (seq, *_) in found.items() if seq])
+        in_agreement = []
+        for account, (seq, balance_us, _) in found.items():
             balances.checked += 1
             if not seq:
                 left[account] = 0
             expected_us = left.get(account)
             if expected_us == balance_us:
-                continue
-            if expected_us is not None:
+                in_agreement.append(account)
+            elif expected_us is not None:
                 balances.account_differs(
                     "balance differs", account, balance_us, expected_us, balance_us - expected_us
                 )
@@ -405,6 +409,28 @@ class _Reconciliation:
                 balances.leave_open("the ledger is behind and lacks the line of the balance")
             else:
                 balances.account_differs("no such line in the ledger", account, balance_us, None, balance_us)
+        # Lines are stored in their order: whoever's last one is there has all of them.
+        given = archive.accounts_with_grants(in_agreement)
+        told = {
+            account: (found[account][0], found[account][2])
+            for account in in_agreement
+            if account in given or found[account][2]
+        }
+        self._check_grants(archive, told, balances)
+
+    @staticmethod
+    def _check_grants(
+        archive: ArchiveChecks, told: Mapping[str, tuple[int, str]], balances: Comparison
+    ) -> None:
+        """Of accounts with the number of their last line, and their grants as Redis has them."""
+        expected = archive.grants_after({account: seq for account, (seq, _) in told.items()})
+        for account, (_, text) in told.items():
+            balances.count("accounts with grants")
+            here = without_zeros({grant.grant_id: grant.left_us for grant in Grants.parse(text).grants})
+            there = expected.get(account, {})
+            if here != there:
+                drift_us = sum(map(abs, moved_us(there, here).values()))
+                balances.account_differs("grants differ", account, here, there, drift_us)
 
     def _await_entry(self, entry: int) -> int:
         """Wait until the ledger has this entry; says how far it is. Waits in vain only once."""

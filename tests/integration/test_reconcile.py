@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -57,6 +59,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         ]
         send(started, conflict)
         started.top_up("user/u-rich", 5)
+        terms = ("--from", instant(now_ms() - HOUR_MS), "--expires", instant(now_ms() + HOUR_MS))
+        started.run("grant", "user/u-1", "10", *terms, "--request-id", "plan-1")
+        wait_until(lambda: grants_in_redis(started), "the grant is in Redis")
+        send(started, [usage("on-plan", now_ms(), session="s-plan")])
         yield started
 
 
@@ -67,15 +73,24 @@ def workload(seed: int, events: int, minutes: int = 5) -> list[bytes]:
     return list(generate(spec))
 
 
+def instant(time_ms: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_ms / 1000)) + f".{time_ms % 1000:03d}Z"
+
+
+def grants_in_redis(world: World) -> bytes | None:
+    found = redis_client(world.settings).hget(redis_keys.balance("user/u-1"), "grants")
+    assert found is None or isinstance(found, bytes)
+    return found
+
+
 def usage(event_id: str, time_ms: int, *, session: str, asr: int = 100) -> bytes:
-    instant = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_ms / 1000)) + f".{time_ms % 1000:03d}Z"
     return json.dumps(
         {
             "specversion": "1.0",
             "id": event_id,
             "source": "node/n-1",
             "type": "lingua.usage.utterance.v1",
-            "time": instant,
+            "time": instant(time_ms),
             "data": {
                 "session_id": session,
                 "user_id": "u-1",
@@ -199,6 +214,26 @@ def test_a_changed_balance_is_named(world: World, at_rest: Report) -> None:
     assert (found.first[0].kind, found.first[0].where) == ("balance differs", "user/u-rich")
     assert (found.first[0].found, found.first[0].expected) == (300_000_007, 300_000_000)
     assert (report.status, report.exit_code) == ("drift", 1)
+
+
+def test_grants_that_redis_lost_are_named(world: World, at_rest: Report) -> None:
+    """The balance is as the ledger says; what would expire of it is not."""
+    assert at_rest.comparison("redis_ledger").figures["accounts with grants"] == 1
+    live = redis_client(world.settings)
+    kept = grants_in_redis(world)
+    assert kept is not None
+    live.hdel(redis_keys.balance("user/u-1"), "grants")
+    try:
+        report = run(world, read_log=False)
+    finally:
+        live.hset(redis_keys.balance("user/u-1"), "grants", kept)
+    assert drifting(report).keys() == {"redis_ledger"}
+    [difference] = report.comparison("redis_ledger").first
+    assert (difference.kind, difference.where, difference.found) == ("grants differ", "user/u-1", {})
+    [(grant_id, left_us)] = difference.expected.items()
+    assert grant_id == "plan-1"
+    assert 0 < left_us < 600_000_000
+    assert report.drift_us == left_us
 
 
 def test_an_account_that_redis_lacks_is_named(world: World, at_rest: Report) -> None:
@@ -336,14 +371,21 @@ def test_a_dead_letter_with_other_bytes_is_found(world: World, at_rest: Report) 
 def test_a_ledger_that_is_behind_is_unproven(world: World, at_rest: Report) -> None:
     """Redis announces an entry that the ledger never gets: nothing differs, but nothing is proven."""
     live = redis_client(world.settings)
+    ledger = world.pid_of("ledger")
+    assert ledger is not None
+    # The fence goes on moving, and the ledger would say how far it is.
+    os.kill(ledger, signal.SIGSTOP)
     stored = int(live.get(redis_keys.LEDGER_STORED) or 0)
     live.set(redis_keys.LEDGER_STORED, stored - 5)
     try:
         report = run(world, patience_s=1.0, read_log=False)
     finally:
         live.set(redis_keys.LEDGER_STORED, stored)
+        os.kill(ledger, signal.SIGCONT)
     assert (report.status, report.drift, report.exit_code) == ("unproven", False, 1)
-    assert report.comparison("flows").unproven == {"the ledger is behind, by so many outbox entries": 5}
+    missing = report.cut["last_entry"] - (stored - 5)
+    assert missing >= 5
+    assert report.comparison("flows").unproven == {"the ledger is behind, by so many outbox entries": missing}
 
 
 def test_without_an_epoch_it_says_so(world: World, at_rest: Report) -> None:
