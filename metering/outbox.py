@@ -49,12 +49,23 @@ class Continuity:
         last, self._last = self._last, number
         if last is not None and number <= last:
             return f"entry {number} of the outbox comes after {last}"
-        if number == self._stored_number and at_ms != self._stored_at_ms:
-            stored_at_ms = self._stored_at_ms
+        return self.differs(number, at_ms)
+
+    def differs(self, number: int, at_ms: int) -> str | None:
+        """What is wrong with an entry that has the number of the last stored one and is another; does not take
+        it."""
+        stored_at_ms = self._stored_at_ms
+        if number == self._stored_number and at_ms != stored_at_ms:
             return (
                 f"entry {number} of the outbox was written at {at_ms} ms, the ledger's at {stored_at_ms} ms"
             )
         return None
+
+    def looks_ahead(self, number: int) -> int:
+        """The number of the entry that has to be seen, and to be the stored one, before entries up to `number` may
+        be stored again; 0 for none. They are repeats if this is the history that was stored, and would replace it
+        if it is another."""
+        return self._stored_number if number < self._stored_number else 0
 
     def missing(self, number: int) -> int:
         """How many entries before this one were never stored and are not in the outbox any more; asked before

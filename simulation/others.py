@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import NoReturn
 
 from flows.usage_store import rows
 from metering.outbox import Continuity, OutboxEntry
@@ -55,6 +56,12 @@ class Ledger:
         batch = [entry for entry in world.redis.outbox if entry.at_ms > self._last_at_ms][:most]
         if not batch:
             return False
+        if ahead := self._looks_ahead(batch[-1].number):
+            found = next((entry for entry in world.redis.outbox if entry.number >= ahead), None)
+            if found is None or found.number != ahead:
+                self._condemn(f"the outbox has not got entry {ahead} any more")
+            elif problem := self._continuity.differs(found.number, found.at_ms):
+                self._condemn(problem)
         for entry in batch:
             problem = self._continuity.check(entry.number, entry.at_ms)
             if problem is not None:
@@ -64,10 +71,13 @@ class Ledger:
         self._writer.write_batch([[OutboxMessage(entry_id, {}) for entry_id in self._read]])
         return True
 
+    def _looks_ahead(self, number: int) -> int:
+        return self._continuity.looks_ahead(number) if self._world.parts.ledger_looks_ahead else 0
+
     def _entry(self, message: OutboxMessage) -> OutboxEntry:
         return self._read[message.entry_id]
 
-    def _condemn(self, why: str) -> None:
+    def _condemn(self, why: str) -> NoReturn:
         if self._world.redis.epoch == self._book.book.expected_epoch:
             self._world.redis.epoch = None
         raise WrongRedis(why)
@@ -169,7 +179,6 @@ class Rebuilding:
         except StopIteration as stop:
             found: Rebuilt = stop.value
             self._world.say(f"rebuild: {found}")
-            self._world.must_notice = False
             return found
         self._world.say(f"rebuild: {step}")
         self._world.reach(f"rebuild: {step}")

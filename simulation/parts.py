@@ -31,3 +31,5 @@ class Parts:
     """From how many commits before the last one the topic of commands is read again: `reread` of its source."""
     ledger_notes_what_it_finds: bool = False
     """Whether the ledger, at its start, tells Redis that the last entry that it has any row of is stored."""
+    ledger_looks_ahead: bool = True
+    """Whether the ledger, before it stores anything again, looks at the last entry that it has stored."""

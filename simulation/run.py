@@ -311,7 +311,11 @@ class Simulation:
         world.points["Redis rolled back"] += 1
         world.become(copy)
         self._lost_since = True
-        world.must_notice = world.must_notice or known_to_be_lost
+        if known_to_be_lost:
+            world.must_notice = True
+        elif lost < 0:
+            # It took the place of an older one, before anybody looked at that.
+            world.must_notice = False
 
     def _lose_store(self) -> None:
         world = self.world

@@ -527,7 +527,12 @@ class WiredEmptyBook:
         return self._world.call("rebuild: forget", self._book.forget_accounts, late=False)
 
     def announce(self, epoch: int) -> None:
-        self._world.call("rebuild: announce", lambda: self._book.announce(epoch), late=False)
+        def announce() -> None:
+            self._book.announce(epoch)
+            # Here, and not when its caller hears of it: that one may die first.
+            self._world.must_notice = False
+
+        self._world.call("rebuild: announce", announce, late=False)
 
 
 class WiredWriteOffBook:

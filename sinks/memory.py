@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from metering.commands import CommandOutcome, CommandResult
 from metering.facts import ScopeFacts, UsageSum
 from metering.grants import EXPIRED, Grant, Grants
+from metering.ports import WrongRedis
 from metering.rebuild import AccountState
 from metering.write_off import Transfer, TransferResult
 from schemas.events import LifecycleKind
@@ -386,11 +387,17 @@ def _position(row: UsageRow | LifecycleRow) -> tuple[int, int]:
 
 
 class MemoryEmptyBook:
-    """`metering.rebuild.EmptyBook` on what the twin of Redis keeps. Never blocks, never raises."""
+    """`metering.rebuild.EmptyBook` on what the twin of Redis keeps. Never blocks; raises WrongRedis when what is
+    being restored is gone again, or somebody else's."""
 
     def __init__(self, redis: MemoryRedis) -> None:
         self._redis = redis
         self._unrestored: set[str] = set()
+        self._coming: int | None = None
+
+    def _check(self) -> None:
+        if self._redis.rebuilding is None or self._redis.rebuilding != self._coming:
+            raise WrongRedis(f"EPOCH expected {self._coming}, found {self._redis.rebuilding}")
 
     def newest_epoch(self) -> int:
         return max(self._redis.epoch or 0, self._redis.rebuilding or 0)
@@ -414,21 +421,24 @@ class MemoryEmptyBook:
         self._unrestored = set(redis.accounts)
         redis.token = redis.step = redis.done_frozen_before_ms = redis.done_appended_before_ms = 0
         redis.entries = redis.ledger_stored = entries
-        redis.rebuilding = epoch
+        redis.rebuilding = self._coming = epoch
 
     def restore_accounts(self, accounts: Sequence[AccountState]) -> None:
+        self._check()
         for name, balance_us, seq, floor_us, grants in accounts:
             floor = DEFAULT_FLOOR_US if floor_us is None else floor_us
             self._redis.accounts[name] = Account(balance_us, seq, floor, Grants(grants) if grants else None)
             self._unrestored.discard(name)
 
     def restore_requests(self, requests: Sequence[RequestRecord]) -> None:
+        self._check()
         for request in requests:
             result = CommandResult(CommandOutcome(request.outcome), request.amount_us, request.balance_us)
             self._redis.requests[request.request_id] = (request.digest, result)
             self._redis.request_times[request.request_id] = (request.posted_at_ms, request.entry)
 
     def forget_accounts(self) -> int:
+        self._check()
         for name in self._unrestored:
             del self._redis.accounts[name]
         forgotten, self._unrestored = len(self._unrestored), set()
@@ -436,6 +446,7 @@ class MemoryEmptyBook:
 
     def announce(self, epoch: int) -> None:
         if self._redis.epoch != epoch:
+            self._check()
             self._redis.epoch, self._redis.rebuilding = self._redis.rebuilding, None
 
 

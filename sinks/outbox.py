@@ -9,7 +9,7 @@ import redis
 
 from metering.ports import WrongRedis
 from schemas.messages import OutboxMessage
-from schemas.redis_keys import UNREADABLE_STREAM
+from schemas.redis_keys import ENTRIES, UNREADABLE_STREAM
 from sinks.balances import heals, load_script, wrong_redis
 from sinks.retrying import retrying
 from telemetry.quiet import ignore_retry
@@ -50,9 +50,12 @@ class RedisOutbox:
         return int(left)
 
     def check_reached(self, number: int) -> None:
-        """Make sure that the outbox has had an entry of this number. Raises WrongRedis; then Redis lost its end,
-        and no script of anybody runs until it is rebuilt."""
-        self.note_stored(OutboxMessage(b"0-0", {}), number)
+        """Make sure that the outbox has had an entry of this number; notes nothing, since not all of that entry may
+        be stored. Raises WrongRedis; then Redis lost its end, and no script of anybody runs until it is rebuilt."""
+        had = retrying(lambda: self._client.get(ENTRIES), heals=heals, on_retry=self._on_retry)
+        entries = int(had or 0)
+        if entries < number:
+            self.condemn(f"the outbox has {entries} entries, the ledger {number}")
 
     def condemn(self, why: str) -> NoReturn:
         """Remove the epoch, so that no script of anybody runs until Redis is rebuilt, and raise WrongRedis.

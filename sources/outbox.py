@@ -5,7 +5,8 @@ rows are stored, and an hour later, so what is read again is a bounded repeat th
 reader says itself where it goes on.
 
 Entries are numbered. A stream that goes back, or whose entry of a number is not the one that was stored, is of a
-Redis that lost its end: it is refused, and the whole of Redis with it.
+Redis that lost its end: it is refused, and the whole of Redis with it. Nothing is handed on again before the last
+stored entry was seen to be still the same.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ GATHER = timedelta(milliseconds=200)
 AWAY = timedelta(seconds=1)
 
 
+def _number_and_time(entry: OutboxMessage) -> tuple[int, int] | None:
+    """Of an entry; None for a foreign one, which whoever stores entries sets aside."""
+    try:
+        return int(entry.fields[b"entry"]), int(entry.fields[b"at"])
+    except (KeyError, ValueError):
+        return None
+
+
 class _OutboxPartition(StatefulSourcePartition[list[OutboxMessage], None]):
     def __init__(
         self,
@@ -43,37 +52,67 @@ class _OutboxPartition(StatefulSourcePartition[list[OutboxMessage], None]):
         self._refuse = refuse
         self._last_id = after
         self._pause = GATHER
+        self._ahead_id: bytes | None = None
 
     def next_batch(self) -> list[list[OutboxMessage]]:
         """Up to BATCH_ENTRIES entries, as one batch; none while Redis is away."""
         try:
             reply: Any = self._client.xread({LEDGER_STREAM: self._last_id}, count=BATCH_ENTRIES)
+            entries = [OutboxMessage(entry_id, fields) for _, read in reply for entry_id, fields in read]
+            problem = self._problem_ahead(entries)
         except Exception as error:
             if not self._away(error):
                 raise
             metrics.RETRIES.labels("read the outbox").inc()
             self._pause = AWAY
             return []
-        entries = [OutboxMessage(entry_id, fields) for _, read in reply for entry_id, fields in read]
         self._pause = timedelta(0) if len(entries) == BATCH_ENTRIES else GATHER
         if not entries:
             return []
-        self._check(entries)
+        problem = problem or self._problem(entries)
+        if problem is not None:
+            self._refuse(problem)
         self._last_id = entries[-1].entry_id
         return [entries]
 
-    def _check(self, entries: list[OutboxMessage]) -> None:
+    def _problem(self, entries: list[OutboxMessage]) -> str | None:
         if self._continuity is None:
-            return
-        for entry in entries:
-            try:
-                number, at_ms = int(entry.fields[b"entry"]), int(entry.fields[b"at"])
-            except (KeyError, ValueError):
-                continue  # Foreign: whoever stores entries sets it aside.
+            return None
+        for number, at_ms in filter(None, map(_number_and_time, entries)):
             metrics.OUTBOX_MISSING.inc(self._continuity.missing(number))
             problem = self._continuity.check(number, at_ms)
             if problem is not None:
-                self._refuse(problem)
+                return problem
+        return None
+
+    def _problem_ahead(self, entries: list[OutboxMessage]) -> str | None:
+        # Asked after the batch was read: whatever took the place of the entry ahead before that is seen.
+        last = max((found[0] for found in map(_number_and_time, entries) if found is not None), default=0)
+        ahead = self._continuity.looks_ahead(last) if self._continuity is not None and last else 0
+        if self._continuity is None or not ahead:
+            return None
+        known = self._ahead_id
+        found = self._at(known) if known else self._find(ahead, entries[-1].entry_id)
+        if found is None or found[0] != ahead:
+            return f"the outbox has not got entry {ahead} any more, which the ledger has"
+        return self._continuity.differs(*found)
+
+    def _at(self, entry_id: bytes) -> tuple[int, int] | None:
+        read: Any = self._client.xrange(LEDGER_STREAM, min=entry_id, max=entry_id)
+        return _number_and_time(OutboxMessage(*read[0])) if read else None
+
+    def _find(self, ahead: int, after: bytes) -> tuple[int, int] | None:
+        """The first entry with that number or a higher one."""
+        while True:
+            read: Any = self._client.xrange(LEDGER_STREAM, min=b"(" + after, count=BATCH_ENTRIES)
+            if not read:
+                return None
+            for entry_id, fields in read:
+                found = _number_and_time(OutboxMessage(entry_id, fields))
+                if found is not None and found[0] >= ahead:
+                    self._ahead_id = entry_id
+                    return found
+            after = read[-1][0]
 
     def next_awake(self) -> datetime | None:
         """At once while there is more, else after gathering."""

@@ -20,7 +20,7 @@ from schemas.records import LedgerLine
 from sinks.balances import RedisBalances, heals
 from sinks.memory import MemoryJournal
 from sinks.outbox import RedisOutbox
-from sources.outbox import OutboxSource
+from sources.outbox import BATCH_ENTRIES, OutboxSource
 
 HOUR_S = 3_600
 
@@ -126,6 +126,71 @@ def test_another_history_is_condemned(
     with pytest.raises(WrongRedis, match="lost its end"):
         read(client, Continuity(5, stored_at_ms))
     assert client.get(redis_keys.EPOCH) is None
+
+
+def test_nothing_is_stored_again_before_the_last_stored_entry_was_seen(client: redis.Redis) -> None:
+    """It lies batches ahead. Of another history not even the first batch is handed on."""
+    stored = BATCH_ENTRIES + 50
+    for number in range(1, stored + 10):
+        numbered(client, number)
+    with pytest.raises(
+        WrongRedis, match=f"entry {stored} of the outbox was written at 7 ms, the ledger's at 8"
+    ):
+        read(client, Continuity(stored, 8))
+    assert client.get(redis_keys.EPOCH) is None
+    assert read(client, Continuity(stored, 7)) == list(range(1, BATCH_ENTRIES + 1))
+
+
+def test_a_stored_entry_that_is_gone_while_older_ones_are_there_is_missed(client: redis.Redis) -> None:
+    """Streams are trimmed from their head: then the end was lost."""
+    for number in (1, 2, 3):
+        numbered(client, number)
+    with pytest.raises(WrongRedis, match="has not got entry 4 any more"):
+        read(client, Continuity(4, 7))
+
+
+def test_what_is_stored_again_is_looked_at_again_before_each_batch(client: redis.Redis) -> None:
+    """Redis may lose its end between two batches as well."""
+    stored = 2 * BATCH_ENTRIES + 50
+    for number in range(1, stored + 10):
+        numbered(client, number)
+    keeper = outbox(client)
+    part = OutboxSource(client, heals, Continuity(stored, 7), keeper.condemn).build_part("in", "ledger", None)
+    assert [len(batch) for batch in part.next_batch()] == [BATCH_ENTRIES]
+    ids = [entry_id for entry_id, _ in client.xrange(redis_keys.LEDGER_STREAM)]  # type: ignore[union-attr]
+    client.xdel(redis_keys.LEDGER_STREAM, *ids[stored - 5 :])
+    for number in range(stored - 4, stored + 1):
+        numbered(client, number, at_ms=9)
+    with pytest.raises(WrongRedis, match="lost its end"):
+        part.next_batch()
+
+
+def test_reading_goes_on_after_redis_was_away_while_it_looked_ahead(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch is read again, and nothing is taken for a number that came twice."""
+    stored = BATCH_ENTRIES + 50
+    for number in range(1, stored + 1):
+        numbered(client, number)
+    part = OutboxSource(client, heals, Continuity(stored, 7), outbox(client).condemn).build_part(
+        "in", "l", None
+    )
+
+    def away(*_: object, **__: object) -> None:
+        raise redis.ConnectionError("gone for a moment")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client, "xrange", away)
+        assert part.next_batch() == []
+    found = [message for _ in range(2) for batch in part.next_batch() for message in batch]
+    assert len(found) == stored
+
+
+def test_looking_for_the_last_stored_entry_notes_nothing(client: redis.Redis) -> None:
+    """Some of its rows may be missing in the ledger."""
+    client.set(redis_keys.ENTRIES, 4)
+    outbox(client).check_reached(4)
+    assert client.get(redis_keys.LEDGER_STORED) is None
 
 
 def test_entries_that_were_removed_unread_are_counted(client: redis.Redis) -> None:

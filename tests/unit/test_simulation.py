@@ -21,7 +21,8 @@ FOUND_AT = {
     "older-answer-clean": 1_008,
     "older-revision-accepted": 357,
     "position-before-rows": 6_348,
-    "torn-batch-counts-as-stored": 358,
+    "stored-again-without-looking-ahead": 5_926,
+    "torn-batch-counts-as-stored": 3_379,
 }
 """Where a search begins, for bugs that show in one world of a thousand: a seed that found them. When a change of
 the simulation makes other worlds of the seeds, `python -m simulation --bug NAME` finds another."""
