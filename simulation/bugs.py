@@ -22,6 +22,7 @@ from schemas.messages import OutboxMessage
 from schemas.rate_card import RateCard
 from schemas.rows import StoredUpTo
 from simulation.parts import Parts
+from simulation.world import Died
 from sinks.balances_memory import MemoryBalances
 from sinks.memory import MemoryArchive
 
@@ -167,9 +168,13 @@ class _NotesItsPositionFirst(StoreSink):
     def build(self, step_id: str, worker_index: int, worker_count: int) -> Any:
         writer: Any = super().build(step_id, worker_index, worker_count)
         write_batch, store = writer.write_batch, self._store
+        world = store._world  # type: ignore[attr-defined]
 
         def note_first(items: list[list[Row]]) -> None:
             store.insert_positions([row for rows in items for row in rows if isinstance(row, StoredUpTo)])
+            # A whole resettle has to fall between the two: seldom, unless this is where it mostly dies.
+            if world.faults and world.maybe(0.3):
+                raise Died("usage: after its position")
             write_batch(items)
 
         writer.write_batch = note_first

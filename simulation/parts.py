@@ -27,8 +27,9 @@ class Parts:
     resettle: Callable[..., Generator[Step, None, Resettled]] = resettle
     commit_before_post: bool = False
     """Whether an epoch's snapshots are committed before its postings are made: Bytewax does it after."""
-    commands_reread: int = 2
-    """From how many commits before the last one the topic of commands is read again: `reread` of its source."""
+    commands_reread: int = 5
+    """From how many commits before the last one the topic of commands is read again; its source goes back by a
+    minute."""
     ledger_notes_what_it_finds: bool = False
     """Whether the ledger, at its start, tells Redis that the last entry that it has any row of is stored."""
     ledger_looks_ahead: bool = True

@@ -25,7 +25,8 @@ LOOK_AFTER_WINDOWS_MS = round(LOOK_AFTER_WINDOWS.total_seconds() * 1000)
 MOST_RUNS = 3
 MOST_COPIES = 3
 MOST_COMMITS_LOST = 2
-"""So far goes the flow back in the topic of commands: an append-only file that loses its end loses less."""
+"""By an append-only file that loses its end. The flow goes further back in the topic of commands: more commits may
+follow before anybody notices."""
 TURNS_AT_REST = 400
 PATIENCE = 20
 """Steps of an old resettle at the end: one that waits for a log which is not read any more waits for ever."""

@@ -53,6 +53,10 @@ COMMITTED_AFTER_SNAPSHOTS = 2
 """A snapshot is surely committed when the second one after it is taken: Bytewax reads the input of an epoch
 only after every earlier one has gone through all sinks."""
 
+REREAD_MS = 60_000
+"""From so long before a crash on a source that rereads goes on: more than an append-only file loses with its end,
+and than it takes until somebody notices."""
+
 
 class WrongLog(Exception):
     """The topic is not the log that the flow has read so far. One clear line."""
@@ -168,6 +172,7 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
         self._linger = linger
         self._reread = reread
         self._started_at = self._next_offset
+        self._offsets_at: deque[tuple[int, int]] = deque()
         self._on_missing_head = on_missing_head
         self._on_retry = on_retry
         self._last_appended_at_ms = 0
@@ -272,11 +277,17 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
         if len(self._snapshots) > COMMITTED_AFTER_SNAPSHOTS:
             self._progress.commit(self._partition, self._snapshots[0])
         head_untold = self._on_missing_head is not None
-        go_on_at = self._next_offset
-        if self._reread:
-            known = len(self._snapshots) > COMMITTED_AFTER_SNAPSHOTS
-            go_on_at = self._snapshots[0].next_offset if known else self._started_at
+        go_on_at = self._earlier_offset(now_ms) if self._reread else self._next_offset
         return SourcePosition(self._log.topic_id, self._log.partition_count, go_on_at, head_untold)
+
+    def _earlier_offset(self, now_ms: int) -> int:
+        """Where reading was REREAD_MS and some snapshots ago; where it began, if that is not so long ago."""
+        self._offsets_at.append((now_ms, self._next_offset))
+        old_enough = max(len(self._offsets_at) - COMMITTED_AFTER_SNAPSHOTS, 0)
+        while old_enough and self._offsets_at[0][0] <= now_ms - REREAD_MS:
+            _, self._started_at = self._offsets_at.popleft()
+            old_enough -= 1
+        return self._started_at
 
     def close(self) -> None:
         """Leave the broker."""
@@ -293,7 +304,7 @@ class KafkaSource(FixedPartitionedSource[list[RawMessage], SourcePosition]):
     """All partitions of one topic.
 
     `broker_append_time=False` stamps messages with this process's own clock, for a broker that cannot.
-    `linger` is how long to gather messages for one batch; `reread` goes on some snapshots earlier after a crash,
+    `linger` is how long to gather messages for one batch; `reread` goes on a minute earlier after a crash,
     so that what Redis may have lost with its last moments is read again; `on_retry` hears of what the client
     tries again, such as a broker that is away. Raises WrongLog, or KafkaException without a broker.
     """

@@ -10,7 +10,7 @@ from confluent_kafka import Producer
 
 from schemas.messages import RawMessage
 from schemas.settings import Settings
-from sources.kafka import KafkaPartition, KafkaSource, SourcePosition, WrongLog
+from sources.kafka import REREAD_MS, KafkaPartition, KafkaSource, SourcePosition, WrongLog
 from tests.support.processes import wait_until
 
 MakeTopic = Callable[[int], str]
@@ -87,6 +87,27 @@ def test_a_resumed_partition_goes_on_exactly_where_its_snapshot_was(
     send(settings, topic, [b"2"])
     with reading(source(settings, topic), topic, position=kept) as part:
         assert [message.offset for message in read(part, 1)] == [2]
+
+
+def test_a_source_that_rereads_goes_on_a_minute_earlier(settings: Settings, make_topic: MakeTopic) -> None:
+    """However many snapshots there were in it; and never before where it began, nor without some snapshots."""
+    topic = make_topic(1)
+    clock_ms = [CLOCK_MS]
+    stamps = settings.broker_append_time
+    rereading = KafkaSource(
+        settings.kafka, topic, lambda: clock_ms[0], broker_append_time=stamps, reread=True
+    )
+    go_on_at = []
+    with reading(rereading, topic) as part:
+        for number in range(8):
+            send(settings, topic, [b"%d" % number])
+            read(part, 1)
+            clock_ms[0] += REREAD_MS // 4
+            go_on_at.append(part.snapshot().next_offset)
+        clock_ms[0] += 10 * REREAD_MS
+        after_a_pause = [part.snapshot().next_offset for _ in range(3)]
+    assert go_on_at == [0, 0, 0, 0, 1, 2, 3, 4]
+    assert after_a_pause == [7, 8, 8]
 
 
 def test_a_topic_made_anew_is_another_log(
