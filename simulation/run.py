@@ -75,6 +75,8 @@ class Simulation:
         self._at_last_rest: Cells = {}
         self._quiet_since = 0
         self._lost_since = False
+        self._charged_twice: set[str] = set()
+        """Scopes in which that may happen to ids that were used twice."""
         self._looked = False
         """Whether the ledger was started anew to look at a Redis that came back without its end."""
         self._calm = False
@@ -328,6 +330,9 @@ class Simulation:
         world.say("the settlement's recovery store is lost")
         world.points["recovery store lost"] += 1
         self._settlement = None
+        # What is read again below the fence is not remembered, nor that its id is taken: whatever used that again
+        # is charged, until it freezes and a resettle looks at it.
+        self._charged_twice |= world.producers.conflicting_scopes
         self._forget_heads()
         world.recovery = Recovery(world.log.name)
 
@@ -419,7 +424,7 @@ class Simulation:
         pure = checks.pure_cells(world)
         if not self._lost_since:
             touched = {located.event.scope for _, _, located in world.occurrences[self._quiet_since :]}
-            quiet = {cell.rpartition("@")[0] for cell in self._at_last_rest} - touched
+            quiet = {cell.rpartition("@")[0] for cell in self._at_last_rest} - touched - self._charged_twice
             checks.check_frozen_since(world, self._at_last_rest, quiet, posted, self.coverage)
         checks.check_live(world, posted, pure, self.coverage)
         if world.chance.random() < 0.3:
@@ -432,6 +437,7 @@ class Simulation:
         }
         self._quiet_since = len(world.occurrences)
         self._lost_since = False
+        self._charged_twice.clear()
         self.coverage["rests"] += 1
         world.faults = True
         world.say("--- at rest, all is right")

@@ -85,6 +85,11 @@ class Producers:
             partition = chance.randrange(partitions)
         return partition, scope.encode(), value
 
+    @property
+    def conflicting_scopes(self) -> set[str]:
+        """Scopes of which an id was used twice."""
+        return {scope for scope, _ in self._conflicting}
+
     def forget_conflicts(self) -> None:
         """Repeat nothing of an id that was used twice: in a new log positions begin anew, and of two occurrences
         with equal positions nobody can say which is the smaller."""
