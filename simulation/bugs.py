@@ -275,7 +275,7 @@ BUGS: dict[str, Parts] = {
     "late-join-leaves-cells-clean": Parts(live_scope=_EmitsOnlyNewUsage),
     "commit-before-post": Parts(commit_before_post=True, commands_reread=0),
     "torn-batch-counts-as-stored": Parts(ledger_notes_what_it_finds=True),
-    "stored-again-without-looking-ahead": Parts(ledger_looks_ahead=False),
+    "stored-again-without-looking-ahead": Parts(ledger_looks_ahead=False, ledger_batch=1),
     "trim-before-insert": Parts(journal_sink=_TrimsBeforeItInserts),
     "position-before-rows": Parts(store_sink=_NotesItsPositionFirst),
     "resettle-without-waiting-for-drain": Parts(resettle=_resettle_without_waiting_for_the_ledger),

@@ -53,7 +53,8 @@ class Ledger:
         """One batch; False when there is none."""
         world = self._world
         # An entry's id in the stream is its time: no two calls happen in one millisecond here.
-        batch = [entry for entry in world.redis.outbox if entry.at_ms > self._last_at_ms][:most]
+        batch = [entry for entry in world.redis.outbox if entry.at_ms > self._last_at_ms]
+        batch = batch[: min(most, world.parts.ledger_batch)]
         if not batch:
             return False
         if ahead := self._looks_ahead(batch[-1].number):

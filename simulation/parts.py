@@ -34,3 +34,5 @@ class Parts:
     """Whether the ledger, at its start, tells Redis that the last entry that it has any row of is stored."""
     ledger_looks_ahead: bool = True
     """Whether the ledger, before it stores anything again, looks at the last entry that it has stored."""
+    ledger_batch: int = 100
+    """How many entries the ledger stores at once, at most."""
