@@ -49,11 +49,9 @@ class Continuity:
         last, self._last = self._last, number
         if last is not None and number <= last:
             return f"entry {number} of the outbox comes after {last}"
-        return self.differs(number, at_ms)
+        return self._differs(number, at_ms)
 
-    def differs(self, number: int, at_ms: int) -> str | None:
-        """What is wrong with an entry that has the number of the last stored one and is another; does not take
-        it."""
+    def _differs(self, number: int, at_ms: int) -> str | None:
         stored_at_ms = self._stored_at_ms
         if number == self._stored_number and at_ms != stored_at_ms:
             return (
@@ -66,6 +64,13 @@ class Continuity:
         be stored again; 0 for none. They are repeats if this is the history that was stored, and would replace it
         if it is another."""
         return self._stored_number if number < self._stored_number else 0
+
+    def check_ahead(self, found: tuple[int, int] | None) -> str | None:
+        """Says what is wrong with what was found there: number and time of the first entry with that number or a
+        higher one, None for none. Takes nothing."""
+        if found is None or found[0] != self._stored_number:
+            return f"the outbox has not got entry {self._stored_number} any more, which the ledger has"
+        return self._differs(*found)
 
     def missing(self, number: int) -> int:
         """How many entries before this one were never stored and are not in the outbox any more; asked before

@@ -58,10 +58,11 @@ class Ledger:
         if not batch:
             return False
         if ahead := self._looks_ahead(batch[-1].number):
-            found = next((entry for entry in world.redis.outbox if entry.number >= ahead), None)
-            if found is None or found.number != ahead:
-                self._condemn(f"the outbox has not got entry {ahead} any more")
-            elif problem := self._continuity.differs(found.number, found.at_ms):
+            outbox = ((entry.number, entry.at_ms) for entry in world.redis.outbox)
+            problem = self._continuity.check_ahead(
+                next((found for found in outbox if found[0] >= ahead), None)
+            )
+            if problem is not None:
                 self._condemn(problem)
         for entry in batch:
             problem = self._continuity.check(entry.number, entry.at_ms)

@@ -171,7 +171,7 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
         self._with_headers = with_headers
         self._linger = linger
         self._reread = reread
-        self._started_at = self._next_offset
+        self._go_on_at = self._next_offset
         self._offsets_at: deque[tuple[int, int]] = deque()
         self._on_missing_head = on_missing_head
         self._on_retry = on_retry
@@ -283,11 +283,10 @@ class KafkaPartition(StatefulSourcePartition[list[RawMessage], SourcePosition]):
     def _earlier_offset(self, now_ms: int) -> int:
         """Where reading was REREAD_MS and some snapshots ago; where it began, if that is not so long ago."""
         self._offsets_at.append((now_ms, self._next_offset))
-        old_enough = max(len(self._offsets_at) - COMMITTED_AFTER_SNAPSHOTS, 0)
-        while old_enough and self._offsets_at[0][0] <= now_ms - REREAD_MS:
-            _, self._started_at = self._offsets_at.popleft()
-            old_enough -= 1
-        return self._started_at
+        earliest_ms = now_ms - REREAD_MS
+        while len(self._offsets_at) > COMMITTED_AFTER_SNAPSHOTS and self._offsets_at[0][0] <= earliest_ms:
+            _, self._go_on_at = self._offsets_at.popleft()
+        return self._go_on_at
 
     def close(self) -> None:
         """Leave the broker."""

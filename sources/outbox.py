@@ -59,7 +59,8 @@ class _OutboxPartition(StatefulSourcePartition[list[OutboxMessage], None]):
         try:
             reply: Any = self._client.xread({LEDGER_STREAM: self._last_id}, count=BATCH_ENTRIES)
             entries = [OutboxMessage(entry_id, fields) for _, read in reply for entry_id, fields in read]
-            problem = self._problem_ahead(entries)
+            numbered = list(filter(None, map(_number_and_time, entries)))
+            problem = self._problem_ahead(numbered, entries[-1].entry_id) if numbered else None
         except Exception as error:
             if not self._away(error):
                 raise
@@ -69,33 +70,28 @@ class _OutboxPartition(StatefulSourcePartition[list[OutboxMessage], None]):
         self._pause = timedelta(0) if len(entries) == BATCH_ENTRIES else GATHER
         if not entries:
             return []
-        problem = problem or self._problem(entries)
+        problem = problem or self._problem(numbered)
         if problem is not None:
             self._refuse(problem)
         self._last_id = entries[-1].entry_id
         return [entries]
 
-    def _problem(self, entries: list[OutboxMessage]) -> str | None:
+    def _problem(self, numbered: list[tuple[int, int]]) -> str | None:
         if self._continuity is None:
             return None
-        for number, at_ms in filter(None, map(_number_and_time, entries)):
+        for number, at_ms in numbered:
             metrics.OUTBOX_MISSING.inc(self._continuity.missing(number))
             problem = self._continuity.check(number, at_ms)
             if problem is not None:
                 return problem
         return None
 
-    def _problem_ahead(self, entries: list[OutboxMessage]) -> str | None:
+    def _problem_ahead(self, numbered: list[tuple[int, int]], last_id: bytes) -> str | None:
         # Asked after the batch was read: whatever took the place of the entry ahead before that is seen.
-        last = max((found[0] for found in map(_number_and_time, entries) if found is not None), default=0)
-        ahead = self._continuity.looks_ahead(last) if self._continuity is not None and last else 0
-        if self._continuity is None or not ahead:
+        if self._continuity is None or not (ahead := self._continuity.looks_ahead(max(numbered)[0])):
             return None
         known = self._ahead_id
-        found = self._at(known) if known else self._find(ahead, entries[-1].entry_id)
-        if found is None or found[0] != ahead:
-            return f"the outbox has not got entry {ahead} any more, which the ledger has"
-        return self._continuity.differs(*found)
+        return self._continuity.check_ahead(self._at(known) if known else self._find(ahead, last_id))
 
     def _at(self, entry_id: bytes) -> tuple[int, int] | None:
         read: Any = self._client.xrange(LEDGER_STREAM, min=entry_id, max=entry_id)
